@@ -1,0 +1,5 @@
+"""`python -m tgi_cli` is `tgi`."""
+
+from tgi_cli.cli.app import main
+
+main()

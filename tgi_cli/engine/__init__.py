@@ -1,0 +1,1 @@
+"""The engine: scheduler, block pool, runner and the process around them."""

@@ -1,0 +1,74 @@
+"""The control channel between the supervisor and each child: a stream socket, one struct a frame.
+
+Carries `Status` messages (and the child's configuration as its first frame). It is also the death
+pipe: when either side goes away the other reads end-of-file. Knows nothing of what is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from typing import Any
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+
+
+class ControlChannel:
+    """Blocking side of the channel; `send` may be called from several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    @classmethod
+    def from_fd(cls, fd: int) -> ControlChannel:
+        """Adopt an inherited file descriptor."""
+        return cls(socket.socket(fileno=fd))
+
+    def send(self, message: Any) -> None:
+        """Send one struct. Raises `BrokenPipeError` or `ConnectionResetError`: the peer is gone."""
+        data = self._encode(message)
+        with self._lock:
+            self._sock.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> bytes | None:
+        """Return the next frame, or None at end-of-file."""
+        head = self._read(_LENGTH.size)
+        return None if head is None else self._read(_LENGTH.unpack(head)[0])
+
+    def close(self) -> None:
+        """Close the socket; the peer reads end-of-file."""
+        self._sock.close()
+
+    def _read(self, size: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                part = self._sock.recv(size - len(data))
+            except ConnectionResetError:
+                return None
+            if not part:
+                return None
+            data += part
+        return bytes(data)
+
+
+async def receive_frames(reader: asyncio.StreamReader) -> bytes | None:
+    """Asyncio twin of `ControlChannel.receive`."""
+    try:
+        head = await reader.readexactly(_LENGTH.size)
+        return await reader.readexactly(_LENGTH.unpack(head)[0])
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        return None
+
+
+def frame(message: Any) -> bytes:
+    """Encode one struct as a frame, for an asyncio writer."""
+    data = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(data)) + data

@@ -1,0 +1,1 @@
+"""The functions a backend offers, and the backends."""

@@ -1,0 +1,1 @@
+"""What a decoder is made of, and how checkpoints become one."""

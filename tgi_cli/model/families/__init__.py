@@ -1,0 +1,1 @@
+"""One file a family: config.json to DecoderSpec and tensor names."""

@@ -1,0 +1,1 @@
+"""Quantization formats, and the methods that produce them."""

@@ -1,0 +1,1 @@
+"""How a format's bytes load and multiply."""

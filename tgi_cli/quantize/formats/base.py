@@ -1,0 +1,96 @@
+"""The seam between checkpoints and layers: where tensors come from, how a format loads and multiplies.
+
+A `Format` knows packing and groups; layers know none of it. Adding a format is one file and one
+line in `detect`. Names are Hugging Face tensor names everywhere; a GGUF source translates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a matrix in logical rows and columns, as one rank of `world_size` holds it.
+
+    `dim` is 0 for output rows, 1 for input columns, None for the whole matrix.
+    """
+
+    dim: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """Return first and last-plus-one index along `dim` of a matrix with `size` there."""
+        if size % self.world_size:
+            raise ValueError(f"{size} does not divide into {self.world_size} shards")
+        part = size // self.world_size
+        return self.rank * part, (self.rank + 1) * part
+
+
+WHOLE = Shard()
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors by name, read lazily. Raises `CheckpointError` on missing or bad data."""
+
+    def keys(self) -> Iterator[str]:
+        """Names of all tensors."""
+        ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Logical shape, without reading the data."""
+        ...
+
+    def nbytes(self, key: str) -> int:
+        """Bytes on disk."""
+        ...
+
+    def read(self, key: str, shard: Shard = WHOLE) -> Tensor:
+        """The tensor (or this shard of it), as stored if dense, else dequantized to float32."""
+        ...
+
+
+class Weight(Protocol):
+    """How one matrix multiplies. `out_features` x `in_features`, logical."""
+
+    in_features: int
+    out_features: int
+    nbytes: int
+
+    def matmul(self, x: Tensor, ops: Any) -> Tensor:
+        """[tokens, in_features] -> [tokens, out_features], in x's dtype."""
+        ...
+
+    def prepare(self, ops: Any, out: Tensor | None = None) -> Weight:
+        """Repack once for a backend, into `out` if given; may return self."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """The dense [out_features, in_features] matrix this weight stands for: the oracle."""
+        ...
+
+
+class Format(Protocol):
+    """How the matrices of one checkpoint are stored."""
+
+    name: str
+
+    def covers(self, key: str) -> bool:
+        """Whether the tensor `key` (`….weight`) is stored in this format."""
+        ...
+
+    def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
+        """Read one matrix, or a shard of it; `dtype` is that of the activations."""
+        ...
+
+    def fuse(self, parts: Sequence[Weight]) -> Weight:
+        """Stack matrices along the output (q, k, v; gate, up) into one."""
+        ...

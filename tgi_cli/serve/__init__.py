@@ -1,0 +1,1 @@
+"""The HTTP side: supervisor, front door and the APIs. Never imports torch."""
