@@ -12,7 +12,7 @@ from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request
 
 
 class EngineClient(Protocol):
-    """One engine. Raises `EngineUnavailable` when it is not ready, and from open streams when it dies."""
+    """One engine. Raises `EngineUnavailable` while it is not ready and from streams it leaves."""
 
     def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Stream deltas until one has `finish`. Closing the iterator early aborts the request."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tgi_cli.config import EngineConfig, ServerConfig
 from tgi_cli.sampling import SamplingParams
 
 
@@ -131,6 +132,22 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_total: int
     num_parameters: int
     weights_bytes: int
+
+
+class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
+    """First frame to an engine child. `epoch` counts the engines this supervisor has started."""
+
+    config: EngineConfig
+    runtime_dir: str  # private, 0700; sockets go here
+    epoch: int
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """First frame to an HTTP worker child."""
+
+    config: ServerConfig
+    engine: EngineConfig
+    index: int  # 0 .. http_workers - 1
 
 
 class Starting(msgspec.Struct, frozen=True, kw_only=True, tag="starting"):

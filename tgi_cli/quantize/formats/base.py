@@ -1,4 +1,4 @@
-"""The seam between checkpoints and layers: where tensors come from, how a format loads and multiplies.
+"""The seam between checkpoints and layers: tensor sources, and how a format loads and multiplies.
 
 A `Format` knows packing and groups; layers know none of it. Adding a format is one file and one
 line in `detect`. Names are Hugging Face tensor names everywhere; a GGUF source translates.
@@ -37,7 +37,7 @@ WHOLE = Shard()
 
 
 class TensorSource(Protocol):
-    """A checkpoint's tensors by name, read lazily. Raises `CheckpointError` on missing or bad data."""
+    """A checkpoint's tensors by name, read lazily. Missing or bad data is a `CheckpointError`."""
 
     def keys(self) -> Iterator[str]:
         """Names of all tensors."""
