@@ -2,11 +2,22 @@
 
 Precedence: flag, then `TGI_*` variable, then TGI's bare name, then default. Derived values go to
 new structs; nothing is written back. `None` means "decide from the model and the machine".
+Which flags a command has is the command's business: it hands `resolve` a table of `Setting`s.
 """
 
 from __future__ import annotations
 
+import difflib
+import ipaddress
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
 import msgspec
+
+from tgi_cli.errors import UsageError
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,3 +95,233 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_engine_restarts: int = 3  # within 10 minutes
     json_logs: bool = False
     log_level: str = "INFO"
+
+
+#: What a setting's text is read as. A `switch` takes no value on the command line.
+Kind = Literal["text", "integer", "number", "switch", "boolean", "list", "address"]
+
+#: `works`; `no meaning` here (accepted, said on stderr); still `to come` (refused).
+Status = Literal["works", "no meaning", "to come"]
+
+_TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
+_FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """One flag of a command, the variables that may set it instead, and where its value goes.
+
+    `TGI_<NAME>` is read for every setting, then `bare` (TGI's own variables, each also with the
+    `TGI_` prefix). `aliases` are further spellings; giving two of them at once is an error.
+    `shared` marks bare variables that other programs set as well: a value that cannot be ours is
+    passed over. `fields` are the configuration fields it sets, as `section.field`. `neutral`
+    values are accepted without a word whatever the status; `note` is the reason for the others.
+    """
+
+    name: str
+    kind: Kind = "text"
+    aliases: tuple[str, ...] = ()
+    short: str | None = None
+    env_only: bool = False
+    negatable: bool = False
+    bare: tuple[str, ...] = ()
+    shared: bool = False
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    fields: tuple[str, ...] = ()
+    status: Status = "works"
+    neutral: tuple[Any, ...] = ()
+    note: str = ""
+    help: str = ""
+    panel: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The principal spelling."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every long spelling; an environment-only setting has none."""
+        return () if self.env_only else (self.flag, *self.aliases)
+
+    @property
+    def variables(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Environment variables by precedence: the prefixed ones, then TGI's bare names."""
+        prefixed = dict.fromkeys(f"TGI_{name}" for name in (self.name.upper(), *self.bare))
+        return tuple(prefixed), self.bare
+
+    @property
+    def allowed(self) -> str:
+        """What a value must be, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind in ("integer", "number"):
+            noun = "an integer" if self.kind == "integer" else "a number"
+            if self.minimum is not None and self.maximum is not None:
+                return f"{noun} from {self.minimum:g} to {self.maximum:g}"
+            return noun if self.minimum is None else f"{noun} of at least {self.minimum:g}"
+        return {
+            "switch": "true or false",
+            "boolean": "true or false",
+            "address": "an IP address",
+        }.get(self.kind, "a text that is not empty")
+
+
+class Resolution(msgspec.Struct, frozen=True):
+    """Values by setting name (only those somebody set), who set them, and what to say on stderr."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+    notices: tuple[str, ...]
+
+
+def resolve(
+    settings: Sequence[Setting], flags: Mapping[str, Any], environ: Mapping[str, str]
+) -> Resolution:
+    """Work out every setting from the flags given and the environment; a pure function.
+
+    `flags` maps spellings (`--port`) to what was given; None and empty lists mean "not given".
+    Raises `UsageError` for a value outside its range, two spellings at once, or a feature that is
+    still to come (all of those in one sentence).
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    notices: list[str] = []
+    to_come: list[str] = []
+    for setting in settings:
+        found = _from_flags(setting, flags) or _from_environment(setting, environ, notices)
+        if found is None:
+            continue
+        source, value = found
+        if setting.status == "works" or value in setting.neutral:
+            values[setting.name], sources[setting.name] = value, source
+        elif setting.status == "no meaning":
+            notices.append(f"{source} has no effect: {setting.note}")
+        else:
+            shown = "" if setting.kind == "switch" else f" {value}"
+            to_come.append(f"{source}{shown} ({setting.note})")
+    if to_come:
+        raise UsageError(
+            f"not in this build yet: {', '.join(to_come)}",
+            hint="leave out what is named to go on without it",
+        )
+    notices += _misspelled(settings, environ)
+    return Resolution(values, sources, tuple(notices))
+
+
+def _from_flags(setting: Setting, flags: Mapping[str, Any]) -> tuple[str, Any] | None:
+    given = [name for name in setting.spellings if flags.get(name) not in (None, [], ())]
+    if len(given) > 1:
+        raise UsageError(
+            f"{given[0]} and {given[1]} are the same setting and were both given",
+            hint=f"keep {given[0]}",
+        )
+    if not given:
+        return None
+    return given[0], parse_value(setting, given[0], flags[given[0]])
+
+
+def _from_environment(
+    setting: Setting, environ: Mapping[str, str], notices: list[str]
+) -> tuple[str, Any] | None:
+    for names in setting.variables:
+        given = [name for name in names if environ.get(name)]
+        if len(given) > 1 and len({environ[name] for name in given}) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} are the same setting and differ")
+        for name in given[:1]:
+            if _foreign(setting, name, environ[name], notices):
+                continue
+            return name, parse_value(setting, name, environ[name])
+    return None
+
+
+def _foreign(setting: Setting, name: str, value: str, notices: list[str]) -> bool:
+    """Whether a variable was set by somebody else who uses the same name."""
+    prefixed = name.startswith("TGI_")
+    # Kubernetes sets TGI_PORT=tcp://10.0.0.1:80 in every pod beside a service called `tgi`.
+    if prefixed and setting.kind == "integer" and value.startswith(("tcp://", "udp://")):
+        notices.append(f"{name}={value} is ignored: it is a Kubernetes service link")
+        return True
+    if not setting.shared or (prefixed and setting.kind != "address"):
+        return False
+    try:
+        parse_value(setting, name, value)
+    except UsageError:
+        if prefixed:
+            notices.append(f"{name}={value} is ignored: it is not {setting.allowed}")
+        return True
+    return False
+
+
+def _misspelled(settings: Sequence[Setting], environ: Mapping[str, str]) -> Iterable[str]:
+    known = {name for setting in settings for name in setting.variables[0]}
+    for name in sorted(environ):
+        if name.startswith("TGI_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                yield f"{name} is not a setting and is ignored; did you mean {near[0]}?"
+
+
+def parse_value(setting: Setting, source: str, raw: Any) -> Any:
+    """Read one value; `source` is the flag or variable to name when it is wrong."""
+    if setting.kind == "list":
+        parts = raw.split(",") if isinstance(raw, str) else [p for r in raw for p in r.split(",")]
+        return tuple(part.strip() for part in parts if part.strip())
+    value = raw if isinstance(raw, bool) else _scalar(setting, str(raw).strip())
+    if (
+        value is None
+        or (setting.choices and value not in setting.choices)
+        or (setting.minimum is not None and value < setting.minimum)
+        or (setting.maximum is not None and value > setting.maximum)
+    ):
+        raise UsageError(f"{source} is {str(raw)!r} but must be {setting.allowed}")
+    return value
+
+
+def _scalar(setting: Setting, text: str) -> Any:
+    """The value of `text`, or None if it is not of the setting's kind."""
+    try:
+        match setting.kind:
+            case "integer":
+                return int(text)
+            case "number":
+                number = float(text)
+                return number if math.isfinite(number) else None
+            case "switch" | "boolean":
+                lowered = text.lower()
+                return True if lowered in _TRUE else False if lowered in _FALSE else None
+            case "address":
+                return str(ipaddress.ip_address("127.0.0.1" if text == "localhost" else text))
+    except ValueError:
+        return None
+    return text or None
+
+
+def environment() -> dict[str, str]:
+    """A copy of the process environment, for `resolve` and for child processes."""
+    return dict(os.environ)
+
+
+def cache_dir() -> Path:
+    """Where files that can be made again are kept: `$XDG_CACHE_HOME/tgi` or `~/.cache/tgi`."""
+    return _xdg("XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """Where the chat history is kept: `$XDG_STATE_HOME/tgi` or `~/.local/state/tgi`."""
+    return _xdg("XDG_STATE_HOME", ".local/state")
+
+
+def default_api_key() -> str | None:
+    """The key that `chat` and `bench` send when none is given: `TGI_API_KEY`.
+
+    The bare `API_KEY` is not sent: it may be another program's, and the server another host.
+    """
+    return os.environ.get("TGI_API_KEY") or None
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    # The XDG specification says that a relative path in these variables is to be ignored.
+    root = os.environ.get(variable, "")
+    return (Path(root) if root.startswith("/") else Path.home() / fallback) / "tgi"
