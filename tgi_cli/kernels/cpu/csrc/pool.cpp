@@ -1,0 +1,124 @@
+#include "pool.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tgi {
+namespace {
+
+// Long enough to bridge the Python and sampling between two steps' kernels would waste a core; this
+// only bridges the gaps between kernels of one step.
+constexpr auto kSpin = std::chrono::microseconds(60);
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>* word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>* word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// Rounding to nearest, exceptions masked, denormals kept: the same in every thread, so that a result
+// does not depend on which thread computed it.
+inline void set_float_mode() {
+#if defined(__x86_64__)
+  _mm_setcsr(0x1f80);
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int num_threads) : width_(num_threads) {
+  for (auto& job : jobs_) job = {nullptr, nullptr, 0};
+  for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+  stop_.store(true, std::memory_order_seq_cst);
+  wake_.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake(&wake_);
+  for (auto& thread : threads_) thread.join();
+}
+
+bool Pool::claim_and_run(uint32_t epoch, int worker) {
+  // The job was written before its epoch was published and is rewritten only kJobs epochs later; a
+  // successful claim proves that the epoch was still current after the job was read.
+  const Job job = jobs_[epoch % kJobs];
+  bool ran = false;
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  while (static_cast<uint32_t>(ticket >> 32) == epoch && static_cast<uint32_t>(ticket) < job.items) {
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
+                                       std::memory_order_acquire))
+      continue;
+    job.body(job.context, static_cast<uint32_t>(ticket), worker);
+    done_.fetch_add(1, std::memory_order_release);
+    ran = true;
+    ticket = ticket_.load(std::memory_order_acquire);
+  }
+  return ran;
+}
+
+void Pool::run(int64_t items, Body body, void* context) {
+  if (items <= 0) return;
+  if (items == 1 || threads_.empty() || width_.load(std::memory_order_relaxed) <= 1) {
+    for (int64_t i = 0; i < items; ++i) body(context, i, 0);
+    return;
+  }
+  const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+  jobs_[epoch % kJobs] = {body, context, static_cast<uint32_t>(items)};
+  done_.store(0, std::memory_order_relaxed);
+  ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    wake_.fetch_add(1, std::memory_order_seq_cst);
+    futex_wake(&wake_);
+  }
+  claim_and_run(epoch, 0);
+  for (int spins = 0; done_.load(std::memory_order_acquire) < static_cast<uint32_t>(items); ++spins) {
+    relax();
+    if (spins > 2000) std::this_thread::yield();  // the owner of the last item may need this core
+  }
+}
+
+void Pool::work(int worker) {
+  set_float_mode();
+  uint32_t seen = 0;
+  while (!stop_.load(std::memory_order_relaxed)) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    bool found = false;
+    for (int spins = 0;; ++spins) {
+      const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_acquire) >> 32);
+      if (epoch != seen) {
+        seen = epoch;
+        if (worker < width_.load(std::memory_order_relaxed)) found = claim_and_run(epoch, worker);
+        if (found) break;
+      }
+      relax();
+      if ((spins & 63) == 63 && std::chrono::steady_clock::now() > deadline) break;
+    }
+    if (found) continue;
+    // Sleep protocol: announce, look once more, then wait on a word read before that look. The
+    // caller publishes the job before it reads `sleepers_`, so one of the two sees the other.
+    const uint32_t word = wake_.load(std::memory_order_seq_cst);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_seq_cst) >> 32);
+    if (epoch == seen && !stop_.load(std::memory_order_seq_cst)) futex_wait(&wake_, word);
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+}  // namespace tgi

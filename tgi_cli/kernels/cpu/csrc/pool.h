@@ -1,0 +1,58 @@
+// A small thread pool that waits for completed work items, never for threads.
+//
+// Items are claimed from one 64-bit ticket (epoch, next item); a claim succeeds only while its job is
+// the current one. A worker that lost its core holds back the one item it claimed and nothing else:
+// the caller works through the rest and returns when all items are done. Workers spin briefly between
+// jobs of one step, then sleep; an idle pool uses no CPU.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace tgi {
+
+class Pool {
+ public:
+  using Body = void (*)(void* context, int64_t item, int worker);
+
+  explicit Pool(int num_threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // Runs body(context, i, worker) once for each i in [0, items); the calling thread is worker 0.
+  void run(int64_t items, Body body, void* context);
+
+  template <class F>
+  void parallel(int64_t items, F&& f) {
+    run(items, [](void* c, int64_t i, int w) { (*static_cast<F*>(c))(i, w); }, &f);
+  }
+
+  int size() const { return static_cast<int>(threads_.size()) + 1; }
+  // How many threads take part; fewer than size() when other processes need the cores.
+  void set_width(int width) { width_.store(width, std::memory_order_relaxed); }
+
+ private:
+  struct alignas(64) Job {
+    Body body;
+    void* context;
+    uint32_t items;
+  };
+  static constexpr uint32_t kJobs = 64;  // a stale reader may be this many jobs behind
+
+  void work(int worker);
+  bool claim_and_run(uint32_t epoch, int worker);
+
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // epoch << 32 | next item
+  alignas(64) std::atomic<uint32_t> done_{0};
+  alignas(64) std::atomic<uint32_t> sleepers_{0};
+  std::atomic<uint32_t> wake_{0};
+  std::atomic<int> width_;
+  std::atomic<bool> stop_{false};
+  Job jobs_[kJobs];
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace tgi

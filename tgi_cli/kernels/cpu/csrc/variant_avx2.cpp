@@ -1,0 +1,29 @@
+// The kernels for one instruction set. Standard headers come first, so that none of their inline
+// functions is compiled for it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define TGI_ISA 1
+#include "simd.h"
+
+namespace tgi::avx2 {
+#include "gemm.inc.h"
+#include "elementwise.inc.h"
+#include "attention.inc.h"
+}  // namespace tgi::avx2
+#pragma GCC pop_options
+
+namespace tgi {
+const Kernels* kernels_avx2() {
+  static const Kernels table = {"avx2", avx2::pack, avx2::gemm, avx2::rms_norm, avx2::rope_store,
+                                avx2::attention, avx2::embed};
+  return &table;
+}
+}  // namespace tgi

@@ -1,0 +1,29 @@
+// The kernels for one instruction set. Standard headers come first, so that none of their inline
+// functions is compiled for it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define TGI_ISA 2
+#include "simd.h"
+
+namespace tgi::avx512 {
+#include "gemm.inc.h"
+#include "elementwise.inc.h"
+#include "attention.inc.h"
+}  // namespace tgi::avx512
+#pragma GCC pop_options
+
+namespace tgi {
+const Kernels* kernels_avx512() {
+  static const Kernels table = {"avx512", avx512::pack, avx512::gemm, avx512::rms_norm, avx512::rope_store,
+                                avx512::attention, avx512::embed};
+  return &table;
+}
+}  // namespace tgi

@@ -1,0 +1,29 @@
+// The kernels for one instruction set. Standard headers come first, so that none of their inline
+// functions is compiled for it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#define TGI_ISA 3
+#include "simd.h"
+
+namespace tgi::avx512bf16 {
+#include "gemm.inc.h"
+#include "elementwise.inc.h"
+#include "attention.inc.h"
+}  // namespace tgi::avx512bf16
+#pragma GCC pop_options
+
+namespace tgi {
+const Kernels* kernels_avx512bf16() {
+  static const Kernels table = {"avx512bf16", avx512bf16::pack, avx512bf16::gemm, avx512bf16::rms_norm, avx512bf16::rope_store,
+                                avx512bf16::attention, avx512bf16::embed};
+  return &table;
+}
+}  // namespace tgi

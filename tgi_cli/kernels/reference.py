@@ -1,0 +1,266 @@
+"""Every operation in plain, device-agnostic torch: the oracle of all kernels, and the fallback.
+
+Correct first, but this is also what runs until a native kernel takes over, so nothing here loops
+over tokens, and decodes are batched over sequences. Rounds between steps where `transformers`
+does, which keeps bfloat16 results next to the oracle's. Signatures: `ops.Ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tgi_cli.kernels.philox import gumbel_noise, gumbel_noise_at
+
+__all__ = [
+    "add_rms_norm",
+    "embed",
+    "gelu_tanh_mul",
+    "gumbel_noise",
+    "gumbel_noise_at",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_store",
+    "silu_mul",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `Ops.rms_norm`."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * normed.to(weight.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `Ops.add_rms_norm`."""
+    summed = x + residual
+    return rms_norm(summed, weight, eps), summed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `Ops.linear`."""
+    return F.linear(x, weight, bias)
+
+
+def embed(token_ids: Tensor, table: Tensor, scale: float | None = None) -> Tensor:
+    """See `Ops.embed`."""
+    rows = F.embedding(token_ids, table)
+    return rows if scale is None else rows * scale
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """See `Ops.rope_store`."""
+    cos, sin = rope_table[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, n/2] each
+    _rotate(q, cos, sin)
+    _rotate(k, cos, sin)
+    k_cache.view(-1, *k_cache.shape[2:])[slot_mapping] = k.to(k_cache.dtype)
+    v_cache.view(-1, *v_cache.shape[2:])[slot_mapping] = v.to(v_cache.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = first * cos - second * sin
+    second.copy_(second * cos + first * sin)
+    first.copy_(rotated)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `Ops.silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """See `Ops.gelu_tanh_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `Ops.paged_attention`: decodes in padded batches, longer queries one by one."""
+    if max(query_lens) == 1 and max(key_lens) <= 2 * min(key_lens):
+        return _decode(
+            q, k_cache, v_cache, block_tables, seq_lens, min(key_lens), max(key_lens),
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    out = torch.empty_like(q)
+    # Decodes are grouped by length up to a factor of two, so that padding at most doubles them.
+    buckets: dict[int, list[int]] = {}
+    start = 0
+    starts = []
+    for sequence, (num_queries, num_keys) in enumerate(zip(query_lens, key_lens, strict=True)):
+        starts.append(start)
+        if num_queries == 1:
+            buckets.setdefault(num_keys.bit_length(), []).append(sequence)
+        else:
+            rows = slice(start, start + num_queries)
+            out[rows] = _prefill(
+                q[rows], k_cache, v_cache, block_tables[sequence], num_keys,
+                scale=scale, window=window, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
+        start += num_queries
+    for members in buckets.values():
+        chosen = torch.tensor(members, device=q.device)
+        rows_of = torch.tensor([starts[i] for i in members], device=q.device)
+        out[rows_of] = _decode(
+            q[rows_of], k_cache, v_cache, block_tables[chosen], seq_lens[chosen],
+            min(key_lens[i] for i in members), max(key_lens[i] for i in members),
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    return out
+
+
+def _prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    num_keys: int,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence: its last q.shape[0] positions against all keys in sight."""
+    num_queries, num_heads, head_dim = q.shape
+    block_size = k_cache.shape[1]
+    start = num_keys - num_queries
+    low = 0 if window is None else max(0, start - window + 1)
+    first_block = low // block_size
+    blocks = block_table[first_block : -(-num_keys // block_size)]
+    base = first_block * block_size
+    # [1, K, keys, D] in float32: fp32 is as fast as bf16 in torch's CPU attention, and exact.
+    keys, values = (
+        _gather(cache, blocks)
+        .view(-1, *cache.shape[2:])[low - base : num_keys - base]
+        .transpose(0, 1)[None]
+        .float()
+        for cache in (k_cache, v_cache)
+    )
+    queries = q.transpose(0, 1)[None].float()  # [1, H, queries, D]
+    query_positions = torch.arange(start, num_keys, device=q.device)[:, None]
+    key_positions = torch.arange(low, num_keys, device=q.device)
+    mask = key_positions <= query_positions
+    if window is not None:
+        mask &= key_positions > query_positions - window
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, mask, scale=scale, enable_gqa=True
+        )
+    else:
+        grouped = queries.view(1, keys.shape[1], -1, num_queries, head_dim)
+        scores = (grouped * scale) @ keys.transpose(-1, -2).unsqueeze(2)
+        weights = _softmax(scores, mask, softcap, sinks)
+        out = (weights @ values.unsqueeze(2)).view(1, num_heads, num_queries, head_dim)
+    return out[0].transpose(0, 1).to(q.dtype)
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    min_keys: int,
+    max_keys: int,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One query for each sequence, [S, H, D], over keys gathered and padded to the longest."""
+    num_seqs, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    if window is not None and max_keys > window:
+        blocks, visible = _window_blocks(block_tables, seq_lens, window, block_size)
+        common = 0
+    else:
+        blocks = block_tables[:, : -(-max_keys // block_size)]
+        slots = torch.arange(blocks.shape[1] * block_size, device=q.device)
+        visible = slots < seq_lens[:, None]
+        common = min_keys  # slots before the shortest sequence's end are visible to all
+    keys, values = (
+        _gather(cache, blocks).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
+        for cache in (k_cache, v_cache)
+    )
+    keys, values = (  # [S, K, slots, D]: one pass converts and transposes
+        torch.empty(part.shape, device=q.device).copy_(part) for part in (keys, values)
+    )
+    # Masked keys get no weight, but 0 * NaN is NaN: a stale slot must not reach the sum.
+    values[:, :, common:].masked_fill_(~visible[:, None, common:, None], 0.0)
+    grouped = q.view(num_seqs, num_kv_heads, -1, head_dim).float()
+    mask = visible[:, None, None, :]
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
+    else:
+        scores = (grouped * scale) @ keys.transpose(-1, -2)  # [S, K, H/K, slots]
+        weights = _softmax(scores.unsqueeze(3), mask.unsqueeze(3), softcap, sinks)
+        out = weights.squeeze(3) @ values
+    return out.reshape(num_seqs, num_heads, head_dim).to(q.dtype)
+
+
+def _window_blocks(
+    block_tables: Tensor, seq_lens: Tensor, window: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """The blocks a window touches, [S, columns], and which of their slots it shows, [S, slots].
+
+    It spans the same few columns of every table but begins elsewhere in each.
+    """
+    low = (seq_lens - window).clamp(min=0)
+    num_columns = -(-window // block_size) + 1
+    columns = (low // block_size)[:, None] + torch.arange(num_columns, device=seq_lens.device)
+    offsets = torch.arange(block_size, device=seq_lens.device)
+    positions = (columns[:, :, None] * block_size + offsets).flatten(1)
+    visible = (positions >= low[:, None]) & (positions < seq_lens[:, None])
+    # Columns past the table lie past the last key too: read any block, see none of it.
+    inside = columns.clamp(max=block_tables.shape[1] - 1).long()
+    return block_tables.gather(1, inside), visible
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Whole blocks of a cache: many times faster as an embedding than as indexing."""
+    return F.embedding(blocks, cache.view(cache.shape[0], -1))
+
+
+def _softmax(
+    scores: Tensor, visible: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Softmax of scores [S, K, H/K, queries, keys] over the visible keys and the sink."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.float().view(1, scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
