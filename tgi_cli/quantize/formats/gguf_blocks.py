@@ -23,13 +23,14 @@ IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """One tensor type: `block_size` elements in `type_size` bytes.
+    """One tensor type: `block_size` elements in `type_size` bytes; `code` is its number in files.
 
     `decode` takes uint8 [blocks, type_size] and gives float32 [blocks, block_size]; `dtype` is
-    set for types that are plain floats.
+    set for types that are plain floats which torch can hold as they are.
     """
 
     name: str
+    code: int
     block_size: int
     type_size: int
     decode: Callable[[Tensor], Tensor]
@@ -184,20 +185,20 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 BLOCK_TYPES = {
     kind.name: kind
     for kind in (
-        BlockType("F32", 1, 4, _plain(torch.float32), torch.float32),
-        BlockType("F16", 1, 2, _plain(torch.float16), torch.float16),
-        BlockType("BF16", 1, 2, _plain(torch.bfloat16), torch.bfloat16),
-        BlockType("F64", 1, 8, _plain(torch.float64), torch.float64),
-        BlockType("Q4_0", 32, 18, _q4_0),
-        BlockType("Q4_1", 32, 20, _q4_1),
-        BlockType("Q5_0", 32, 22, _q5_0),
-        BlockType("Q5_1", 32, 24, _q5_1),
-        BlockType("Q8_0", 32, 34, _q8_0),
-        BlockType("Q2_K", 256, 84, _q2_k),
-        BlockType("Q3_K", 256, 110, _q3_k),
-        BlockType("Q4_K", 256, 144, _q4_k),
-        BlockType("Q5_K", 256, 176, _q5_k),
-        BlockType("Q6_K", 256, 210, _q6_k),
-        BlockType("IQ4_NL", 32, 18, _iq4_nl),
+        BlockType("F32", 0, 1, 4, _plain(torch.float32), torch.float32),
+        BlockType("F16", 1, 1, 2, _plain(torch.float16), torch.float16),
+        BlockType("BF16", 30, 1, 2, _plain(torch.bfloat16), torch.bfloat16),
+        BlockType("F64", 28, 1, 8, _plain(torch.float64)),
+        BlockType("Q4_0", 2, 32, 18, _q4_0),
+        BlockType("Q4_1", 3, 32, 20, _q4_1),
+        BlockType("Q5_0", 6, 32, 22, _q5_0),
+        BlockType("Q5_1", 7, 32, 24, _q5_1),
+        BlockType("Q8_0", 8, 32, 34, _q8_0),
+        BlockType("Q2_K", 10, 256, 84, _q2_k),
+        BlockType("Q3_K", 11, 256, 110, _q3_k),
+        BlockType("Q4_K", 12, 256, 144, _q4_k),
+        BlockType("Q5_K", 13, 256, 176, _q5_k),
+        BlockType("Q6_K", 14, 256, 210, _q6_k),
+        BlockType("IQ4_NL", 20, 32, 18, _iq4_nl),
     )
 }
