@@ -7,22 +7,25 @@ families see the original checkpoint. An architecture is one row of `ARCHITECTUR
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
+from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError, UnsupportedModel
-from tgi_cli.model.gguf_file import DOWNLOAD_AGAIN, GgufFile, TensorEntry
+from tgi_cli.gguf_metadata import GGUFMetadata, TensorEntry, read_gguf_metadata
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 from tgi_cli.quantize.formats.gguf import PackedTensor
 from tgi_cli.quantize.formats.gguf_blocks import BLOCK_TYPES
 
+DOWNLOAD_AGAIN = "the file is incomplete or damaged; fetch it again"
+TYPES_BY_CODE = {kind.code: kind for kind in BLOCK_TYPES.values()}
 ROPE_FREQS = "rope_freqs.weight"
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -73,6 +76,36 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
 )
 
 
+class _Part:
+    """One mapped file: the header, checked, and its tensors' bytes as stored."""
+
+    def __init__(self, path: Path) -> None:
+        self.header: GGUFMetadata = read_gguf_metadata(str(path))
+        with path.open("rb") as file:
+            # Copy on write, because torch wants writable buffers; nobody writes.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for entry in self.header.tensors:
+            if entry.ggml_type not in TYPES_BY_CODE:
+                raise UnsupportedModel(
+                    f"tensor `{entry.name}` of `{path.name}` is stored as "
+                    f"{GGMLQuantizationType(entry.ggml_type).name}, which this build does not "
+                    f"read; it reads {', '.join(BLOCK_TYPES)}",
+                    hint="use another quantization of the model, for example Q4_K_M or Q8_0",
+                )
+            if not entry.num_bytes:
+                raise CheckpointError(
+                    f"tensor `{entry.name}` of `{path}` is empty", hint=DOWNLOAD_AGAIN
+                )
+
+    def stored(self, entry: TensorEntry) -> PackedTensor:
+        """View one tensor in the mapped file; nothing is read before it is touched."""
+        kind = TYPES_BY_CODE[entry.ggml_type]
+        flat = torch.frombuffer(
+            self._data, dtype=torch.uint8, count=entry.num_bytes, offset=entry.offset
+        )
+        return PackedTensor(kind, entry.shape, flat.view(-1, kind.row_bytes(entry.shape[-1])))
+
+
 class GgufSource:
     """The tensors of a GGUF file, or of all parts of a split one, by Hugging Face name.
 
@@ -86,11 +119,9 @@ class GgufSource:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files = [GgufFile(part) for part in _parts(self.path)]
-        self.metadata: dict[str, Any] = self._files[0].metadata
-        self.architecture = self.metadata.get("general.architecture")
-        if not isinstance(self.architecture, str):
-            raise CheckpointError(f"`{self.path}` does not name its `general.architecture`")
+        parts = [_Part(part) for part in _part_paths(self.path)]
+        self.metadata = parts[0].header
+        self.architecture: str = self.metadata["general.architecture"]
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"`{self.path.name}` is of architecture `{self.architecture}`, which is not read "
@@ -98,15 +129,19 @@ class GgufSource:
                 hint="use the safetensors checkpoint of the model if its family is supported",
             )
         self._rules = ARCHITECTURES[self.architecture]
-        self._entries: dict[str, tuple[GgufFile, TensorEntry]] = {}
+        self._entries: dict[str, tuple[_Part, TensorEntry]] = {}
         self.rope_freqs: Tensor | None = None  # float32 divisors of the rotary frequencies
-        for file in self._files:
-            for name, entry in file.tensors.items():
-                if name == ROPE_FREQS:
-                    stored = PackedTensor(entry.kind, entry.shape, file.stored(name))
-                    self.rope_freqs = stored.unpack()
-                else:
-                    self._entries[self._hf_name(name)] = (file, entry)
+        for part in parts:
+            for entry in part.header.tensors:
+                if entry.name == ROPE_FREQS:
+                    self.rope_freqs = part.stored(entry).unpack()
+                    continue
+                key = self._hf_name(entry.name)
+                if key in self._entries:
+                    raise CheckpointError(
+                        f"`{self.path}` has tensor `{entry.name}` twice", hint=DOWNLOAD_AGAIN
+                    )
+                self._entries[key] = (part, entry)
 
     def _hf_name(self, name: str) -> str:
         stem, _, suffix = name.rpartition(".")
@@ -140,11 +175,11 @@ class GgufSource:
 
     def nbytes(self, key: str) -> int:
         """Bytes in the file."""
-        return self._entry(key)[1].nbytes
+        return self._entry(key)[1].num_bytes
 
     def stored_dtype(self, key: str) -> str:
         """GGUF's name of the type (`F16`, `Q4_K`), from the header."""
-        return self._entry(key)[1].kind.name
+        return TYPES_BY_CODE[self._entry(key)[1].ggml_type].name
 
     def read(self, key: str, shard: Shard = WHOLE) -> Tensor:
         """Read one tensor, or a shard of it: as stored if dense, else decoded to float32."""
@@ -156,8 +191,8 @@ class GgufSource:
 
         A view of the file unless rows had to move; Gemma's norms are decoded to undo the offset.
         """
-        file, entry = self._entry(key)
-        tensor = PackedTensor(entry.kind, entry.shape, file.stored(entry.name))
+        part, entry = self._entry(key)
+        tensor = part.stored(entry)
         stem = entry.name.rpartition(".")[0]
         if self._rules.rotary_pairs and stem.endswith((".attn_q", ".attn_k")):
             return self._halves(
@@ -190,7 +225,7 @@ class GgufSource:
         moved = tensor.data.view(heads, rows // heads // 2, 2, -1).transpose(1, 2)
         return PackedTensor(tensor.kind, tensor.shape, moved.reshape(tensor.data.shape))
 
-    def _entry(self, key: str) -> tuple[GgufFile, TensorEntry]:
+    def _entry(self, key: str) -> tuple[_Part, TensorEntry]:
         try:
             return self._entries[key]
         except KeyError:
@@ -199,7 +234,7 @@ class GgufSource:
             ) from None
 
 
-def _parts(path: Path) -> list[Path]:
+def _part_paths(path: Path) -> list[Path]:
     """All files of the checkpoint: the file itself, or every part of a split one, in order."""
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None:
