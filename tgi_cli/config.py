@@ -268,7 +268,10 @@ def parse_value(setting: Setting, source: str, raw: Any) -> Any:
     if setting.kind == "list":
         parts = raw.split(",") if isinstance(raw, str) else [p for r in raw for p in r.split(",")]
         return tuple(part.strip() for part in parts if part.strip())
-    value = raw if isinstance(raw, bool) else _scalar(setting, str(raw).strip())
+    text = str(raw).strip()
+    value = raw if isinstance(raw, bool) else _scalar(setting, text)
+    if setting.choices:
+        value = text.lower()
     if (
         value is None
         or (setting.choices and value not in setting.choices)

@@ -17,6 +17,7 @@ The tree::
     │   ├── CheckpointError       weights missing, truncated or inconsistent
     │   ├── UnsupportedModel      architecture, config key or format we don't have
     │   └── OutOfMemory           the memory plan cannot fit
+    ├── RemoteError               a server that `chat` or `bench` talks to failed
     └── HubError                  a model could not be fetched
         ├── ModelMissing          no such repository, revision or file
         ├── GatedModel            access must be requested or a token is lacking
@@ -148,6 +149,17 @@ class UnsupportedModel(EngineError):
 
 class OutOfMemory(EngineError):
     """The memory plan does not fit into this machine."""
+
+
+class RemoteError(TgiError):
+    """A server we are a client of refused, failed or vanished.
+
+    `kind` is a short name to count by: `cannot connect`, `timeout`, `http 429`, `cut off`, ...
+    """
+
+    def __init__(self, message: str, *, kind: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.kind = kind
 
 
 class HubError(TgiError):
