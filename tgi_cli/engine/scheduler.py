@@ -14,14 +14,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from tgi_cli.config import SchedulerConfig
-from tgi_cli.engine.block_pool import BlockPool
-from tgi_cli.engine.block_table import BlockTable, KVGroupLayout
+from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.fair_queue import FairQueue
+from tgi_cli.engine.kv_space import KVSpace
 from tgi_cli.engine.messages import Delta, EngineStats, Request, TokenLogprobs
-from tgi_cli.engine.prefix_cache import PrefixCache
 from tgi_cli.engine.sequence import NO_ROW, Sequence
 from tgi_cli.engine.step import (
-    NULL_BLOCK,
     NewRow,
     RowOutput,
     ScheduledRow,
@@ -63,16 +61,15 @@ class Scheduler:
         prefix_caching: bool = True,
         clock: Callable[[], float] = _no_clock,
     ) -> None:
-        if not groups:
-            raise ValueError("a scheduler needs at least one KV group")
         self._config = config
-        self._block_size = block_size
-        self._groups = tuple(groups)
-        self._pools = [BlockPool(group.num_blocks) for group in self._groups]
-        self._capacity, self._max_chunk = self._limits(config.max_batch_tokens)
-        self._max_len = min(max_model_len, self._capacity)
+        self._space = KVSpace(
+            groups,
+            block_size=block_size,
+            max_chunk=config.max_batch_tokens,
+            prefix_caching=prefix_caching,
+        )
         self._max_model_len = max_model_len
-        self._cache = PrefixCache(block_size) if prefix_caching else None
+        self._max_len = min(max_model_len, self._space.capacity)
         self._clock = clock
         self._queue = FairQueue()
         self._live: dict[str, Sequence] = {}
@@ -118,10 +115,7 @@ class Scheduler:
             )
         sequence = Sequence(
             request,
-            [
-                BlockTable(pool, group, self._block_size)
-                for pool, group in zip(self._pools, self._groups, strict=True)
-            ],
+            self._space.tables(),
             order=self._next_order,
             max_len=self._max_len,
             queued_at=self._clock(),
@@ -163,20 +157,20 @@ class Scheduler:
                 break
             # One token is kept for each sequence after this one: a long prompt slows the answers
             # that are being written, and never stops them.
-            limit = min(max(1, budget - behind), self._max_chunk)
+            limit = min(max(1, budget - behind), self._space.max_chunk)
             known = len(sequence.token_ids) - sequence.num_computed
             count = min(known + len(sequence.draft_ids), limit)
-            appended = self._grow(sequence, count)
+            appended = self._space.grow(sequence, count)
             if appended is None and count > known:
                 count = known
-                appended = self._grow(sequence, count)
+                appended = self._space.grow(sequence, count)
             while appended is None:
                 stalled = True
                 victim = self._victim(sequence)
                 if victim is None:
                     break
                 self._preempt(victim)
-                appended = self._grow(sequence, count)
+                appended = self._space.grow(sequence, count)
             if appended is None:
                 continue
             rows.append(self._run(sequence, count, appended))
@@ -186,17 +180,18 @@ class Scheduler:
             head = self._queue.head()
             if head is None:
                 break
-            new_row = self._admit(head, min(budget, self._max_chunk))
-            if new_row is None:
+            chunk = self._space.enter(head, min(budget, self._space.max_chunk), self._running)
+            if chunk is None:
                 break
-            count = min(len(head.token_ids) - head.num_computed, budget, self._max_chunk)
-            new_rows.append(new_row)
-            rows.append(self._run(head, count, ()))
+            new_rows.append(self._admit(head))
+            rows.append(self._run(head, chunk, ()))
             sequences.append(head)
-            budget -= count
+            budget -= chunk
         if not rows:
             return None
-        self._publish(sequences, rows)
+        # After the step is complete: only later steps may read what this one writes.
+        for sequence, row in zip(sequences, rows, strict=True):
+            self._space.publish(sequence, sequence.num_computed - len(row.draft_ids))
         step = Step(
             id=self._next_step, rows=rows, new_rows=new_rows, removed_rows=self._removed_rows
         )
@@ -217,7 +212,7 @@ class Scheduler:
         for sequence, row, result in zip(sequences, step.rows, output.rows, strict=True):
             sequence.in_flight = False
             if result.error is not None:
-                self._retract(sequence, row.start)
+                self._space.retract(sequence, row.start, self._running)
             if sequence.finish is not None:  # aborted while in flight
                 self._end(sequence)
             elif result.error is not None:
@@ -238,8 +233,8 @@ class Scheduler:
             num_steps=self._num_steps,
             num_running=len(self._running),
             num_waiting=len(self._queue),
-            kv_blocks_total=sum(pool.capacity for pool in self._pools),
-            kv_blocks_used=sum(pool.num_used for pool in self._pools),
+            kv_blocks_total=self._space.num_blocks,
+            kv_blocks_used=self._space.num_used,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             prefix_query_tokens=self._query_tokens,
@@ -257,13 +252,7 @@ class Scheduler:
         Raises:
             RuntimeError: something leaked or is counted wrongly; the message names it.
         """
-        for group, pool in enumerate(self._pools):
-            references: dict[int, int] = {}
-            for sequence in self._running:
-                for block_id in sequence.tables[group].block_ids:
-                    if block_id != NULL_BLOCK:
-                        references[block_id] = references.get(block_id, 0) + 1
-            pool.check_integrity(references)
+        self._space.check_integrity(self._running)
         rows = sorted([*self._free_rows, *(sequence.row for sequence in self._running)])
         if rows != list(range(self._config.max_num_seqs)):
             raise RuntimeError(f"rows are lost or held twice: {rows}")
@@ -305,32 +294,6 @@ class Scheduler:
                 param="max_tokens",
             )
 
-    def _limits(self, chunk: int) -> tuple[int, int]:
-        """Longest sequence that the empty pools hold, and the longest chunk it may be run in."""
-        capacity, size = [], self._block_size
-        for group, pool in zip(self._groups, self._pools, strict=True):
-            # The inverse of `KVGroupLayout.peak_blocks`.
-            longest = (pool.capacity - 1) * size + 2 - (group.window or 0)
-            if group.window is None or longest < 1:
-                capacity.append(pool.capacity * size)
-            else:
-                chunk = min(chunk, longest)
-        return min(capacity, default=2**31 - 1), chunk
-
-    def _grow(self, sequence: Sequence, count: int) -> tuple[list[int], ...] | None:
-        """Get blocks for the next `count` positions: the new ids per group, None if short."""
-        for table in sequence.tables:
-            if table.layout.window is not None:
-                table.drop_behind(sequence.num_computed)
-        end = sequence.num_computed + count
-        missing = -(-end // self._block_size) - len(sequence.tables[0].block_ids)
-        if missing <= 0:
-            return ()
-        for table in sequence.tables:
-            if table.pool.num_free < missing:
-                return None
-        return tuple([table.append(missing) for table in sequence.tables])
-
     def _run(self, sequence: Sequence, count: int, appended: tuple[list[int], ...]) -> ScheduledRow:
         """Put the next `count` positions into the step being built."""
         start = sequence.num_computed
@@ -352,36 +315,13 @@ class Scheduler:
             appended_blocks=appended,
         )
 
-    def _admit(self, sequence: Sequence, limit: int) -> NewRow | None:
-        """Give the head of the queue a row and the blocks of its first chunk, if they can be had.
-
-        The one door for new, preempted and resumed sequences. Blocks for all its known tokens
-        must be free, beyond what the running ones will need soon: otherwise it would be admitted
-        only to be preempted. Alone, it always fits (see `_check`).
-        """
-        hits = self._match(sequence)
-        size = self._block_size
-        num_hit = len(hits[0]) * size
-        total = len(sequence.token_ids)
-        for group, table in enumerate(sequence.tables):
-            pool = table.pool
-            held = [block_id for block_id in hits[group] if block_id != NULL_BLOCK]
-            revived = sum(pool.is_free(block_id) for block_id in held)
-            wanted = table.layout.peak_blocks(total, min(total - num_hit, limit), size)
-            if table.layout.window is None:
-                wanted -= len(held)
-            if pool.num_free - revived < wanted + self._promised(group):
-                return None
+    def _admit(self, sequence: Sequence) -> NewRow:
+        """Give a sequence that has got its blocks a row: new, preempted or resumed alike."""
         self._queue.remove(sequence)
-        for table, block_ids in zip(sequence.tables, hits, strict=True):
-            table.adopt(block_ids)
-        sequence.num_computed = num_hit
-        sequence.num_published = len(hits[0])
-        if self._grow(sequence, min(total - num_hit, limit)) is None:
-            raise RuntimeError(f"blocks promised to `{sequence.id}` are gone")
         sequence.row = self._free_rows.pop()
         insort(self._running, sequence, key=_rank)
-        self._query_tokens += total
+        num_hit = sequence.num_computed
+        self._query_tokens += len(sequence.token_ids)
         self._hit_tokens += num_hit
         if not sequence.admitted:
             sequence.admitted = True
@@ -394,23 +334,6 @@ class Scheduler:
             request=sequence.request,
             block_ids=tuple([list(table.block_ids) for table in sequence.tables]),
         )
-
-    def _match(self, sequence: Sequence) -> list[list[int]]:
-        """Cached blocks it starts with, none if all its prompt positions must be run."""
-        if self._cache is None or sequence.wants_prompt_logprobs:
-            return [[] for _ in self._groups]
-        return self._cache.match(sequence)
-
-    def _promised(self, group: int) -> int:
-        """Blocks of a group that the running sequences will want: known tokens and a block each."""
-        layout, size = self._groups[group], self._block_size
-        promised = 0
-        for sequence in self._running:
-            total = len(sequence.token_ids) + size
-            chunk = min(total - sequence.num_computed, self._max_chunk)
-            wanted = layout.peak_blocks(total, max(chunk, 1), size)
-            promised += max(0, wanted - sequence.tables[group].num_held)
-        return promised
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
         """Whose blocks to take for `sequence`: of those with a lesser claim, the best served's.
@@ -448,40 +371,6 @@ class Scheduler:
         self._removed_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
 
-    def _publish(self, sequences: list[Sequence], rows: list[ScheduledRow]) -> None:
-        """Offer the blocks that this step fills to the sequences of later steps."""
-        if self._cache is None:
-            return
-        size = self._block_size
-        for sequence, row in zip(sequences, rows, strict=True):
-            known = sequence.num_computed - len(row.draft_ids)
-            if known // size > sequence.num_published:
-                self._cache.publish(sequence, known)
-
-    def _retract(self, sequence: Sequence, start: int) -> None:
-        """Distrust what a failed row wrote from `start` on, and all that was computed on it."""
-        size = self._block_size
-        bad: list[set[int]] = []
-        for table in sequence.tables:
-            block_ids = set(table.block_ids[start // size :]) - {NULL_BLOCK}
-            for block_id in block_ids:
-                table.pool.retract(block_id)
-            bad.append(block_ids)
-        for other in list(self._running):
-            if other is sequence or other.restart:
-                continue
-            held = [
-                index
-                for table, block_ids in zip(other.tables, bad, strict=True)
-                for index, block_id in enumerate(table.block_ids)
-                if block_id in block_ids
-            ]
-            if held:
-                other.restart = True
-                self._retract(other, min(held) * size)
-                if not other.in_flight:
-                    self._preempt(other)
-
     def _book(self, sequence: Sequence, row: ScheduledRow, result: RowOutput) -> Delta | None:
         """Advance one sequence by what its row produced."""
         if sequence.prompt_logprobs is not None and result.prompt_logprobs:
@@ -492,8 +381,8 @@ class Scheduler:
         token_ids = sequence.accept(result.token_ids)
         self._queue.charge(sequence, output_tokens=len(token_ids))
         self._generated_tokens += len(token_ids)
-        if row.draft_ids and self._cache is not None:
-            self._cache.publish(sequence, min(sequence.num_computed, len(sequence.token_ids)))
+        if row.draft_ids:
+            self._space.publish(sequence, min(sequence.num_computed, len(sequence.token_ids)))
         logprobs = result.logprobs
         if logprobs is not None and len(logprobs) > len(token_ids):
             logprobs = logprobs[: len(token_ids)]
