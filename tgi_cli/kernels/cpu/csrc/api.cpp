@@ -34,7 +34,7 @@ void* tgi_context(const char* variant, int threads) {
   if (length == 0 || found == nullptr || threads < 1) return nullptr;
   const tgi::Kernels* kernels = nullptr;
   for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512(), tgi::kernels_avx2()})
-    if (std::strcmp(each->name, variant) == 0) kernels = each;
+    if (each != nullptr && std::strcmp(each->name, variant) == 0) kernels = each;
   if (kernels == nullptr) return nullptr;
   return new Context{tgi::Pool(threads), kernels};
 }

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define TGI_ISA 2
@@ -27,3 +28,8 @@ const Kernels* kernels_avx512() {
   return &table;
 }
 }  // namespace tgi
+#else
+namespace tgi {
+const Kernels* kernels_avx512() { return nullptr; }
+}  // namespace tgi
+#endif

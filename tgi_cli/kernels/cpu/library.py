@@ -1,0 +1,178 @@
+"""The native library: found, loaded through ctypes, and its C structs by name.
+
+Knows pointers and sizes, not models. The library is built by the package's own build with the
+system compiler and needs no torch headers; where it is missing, `load` says why and the backend
+falls back to plain torch, loudly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from pathlib import Path
+
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+_POINTER, _INT64, _INT32, _FLOAT = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int32,
+    ctypes.c_float,
+)
+
+#: Output features of one packed panel, tokens of one KV block (`csrc/kernels.h`).
+PANEL = 32
+BLOCK = 16
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element; the caller keeps the tensor alive."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Gemm(ctypes.Structure):
+    """`out = epilogue(x @ w.T + bias)`; see `csrc/kernels.h` for layouts."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "w", "bias", "out")),
+        *((name, _INT64) for name in ("m", "n", "k", "ldx", "ldo")),
+        ("epilogue", _INT32),
+    )
+
+
+class RmsNorm(ctypes.Structure):
+    """Root-mean-square norm of fp32 rows into bf16 or fp32."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "weight", "out")),
+        *((name, _INT64) for name in ("rows", "dim", "ldx")),
+        ("eps", _FLOAT),
+        ("out_float", _INT32),
+    )
+
+
+class RopeStore(ctypes.Structure):
+    """Head norms, rotary embedding, and the store into the paged cache."""
+
+    _fields_ = (
+        *(
+            (name, _POINTER)
+            for name in (
+                "qkv",
+                "cos_sin",
+                "q_norm",
+                "k_norm",
+                "positions",
+                "slots",
+                "q",
+                "k_cache",
+                "v_cache",
+            )
+        ),
+        *((name, _INT64) for name in ("tokens", "heads", "kv_heads", "head_dim", "rotary_dim")),
+        ("eps", _FLOAT),
+    )
+
+
+class Attention(ctypes.Structure):
+    """Causal attention of ragged queries over the paged cache."""
+
+    _fields_ = (
+        *(
+            (name, _POINTER)
+            for name in (
+                "q",
+                "k_cache",
+                "v_cache",
+                "block_tables",
+                "seq_lens",
+                "query_start",
+                "out",
+            )
+        ),
+        *(
+            (name, _INT64)
+            for name in ("seqs", "table_stride", "heads", "kv_heads", "head_dim", "window")
+        ),
+        ("scale", _FLOAT),
+        ("softcap", _FLOAT),
+    )
+
+
+class Embed(ctypes.Structure):
+    """Rows of the embedding table, scaled, as fp32."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("table", "ids", "out")),
+        *((name, _INT64) for name in ("tokens", "dim")),
+        ("scale", _FLOAT),
+        ("table_float", _INT32),
+    )
+
+
+def library_path() -> Path | None:
+    """Where the built library is, None if the package was installed without it."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = _FOLDER / f"_native{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+class Library:
+    """The loaded library. Raises `OSError` if the file cannot be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._dll = ctypes.CDLL(str(path))
+        self._dll.tgi_variants.restype = ctypes.c_char_p
+        self._dll.tgi_context.restype = ctypes.c_void_p
+        self._dll.tgi_context.argtypes = (ctypes.c_char_p, ctypes.c_int)
+        self._dll.tgi_close.argtypes = (ctypes.c_void_p,)
+        self._dll.tgi_pack.argtypes = (_POINTER, _POINTER, _INT64, _INT64, _POINTER)
+
+    def variants(self) -> list[str]:
+        """Instruction-set variants this CPU can run, best first."""
+        names: bytes = self._dll.tgi_variants()
+        return [name for name in names.decode().split(",") if name]
+
+    def context(self, variant: str, num_threads: int) -> Context:
+        """A thread pool with the kernels of one variant."""
+        handle = self._dll.tgi_context(variant.encode(), num_threads)
+        if not handle:
+            raise ValueError(f"this CPU cannot run the `{variant}` kernels")
+        return Context(self._dll, handle, variant, num_threads)
+
+
+class Context:
+    """Kernels of one variant on a pool of their own. Calls must come from one thread at a time."""
+
+    def __init__(self, dll: ctypes.CDLL, handle: int, variant: str, num_threads: int) -> None:
+        self._dll = dll
+        self.handle = ctypes.c_void_p(handle)
+        self.variant = variant
+        self.num_threads = num_threads
+
+    def call(self, name: str, arguments: ctypes.Structure) -> None:
+        """Run `tgi_<name>(context, &arguments)`."""
+        getattr(self._dll, f"tgi_{name}")(self.handle, ctypes.byref(arguments))
+
+    def pack(self, weight: Tensor, out: Tensor) -> None:
+        """Pack a contiguous bf16 [n, k] matrix (k even) into panels of `PANEL` outputs."""
+        n, k = weight.shape
+        self._dll.tgi_pack(self.handle, weight.data_ptr(), n, k, out.data_ptr())
+
+    def close(self) -> None:
+        """End the pool's threads; the context must not be used afterwards."""
+        self._dll.tgi_close(self.handle)
+
+
+def load() -> Library | None:
+    """The library if it is built and loads on this machine, else None."""
+    path = library_path()
+    if path is None:
+        return None
+    try:
+        return Library(path)
+    except OSError:
+        return None
