@@ -1,0 +1,194 @@
+"""One sequence on its way to a client: engine deltas in, text events out.
+
+The only place that turns token ids back into text for a client, so both APIs stop, hold back and
+count alike. An `Answer` keeps the prompt, the parameters and every token received from the engine,
+also those whose text is still held back. Knows neither JSON nor SSE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from tgi_cli.detokenizer import Detokenizer
+from tgi_cli.engine.client import EngineClient
+from tgi_cli.engine.messages import Request, TokenLogprobs
+from tgi_cli.errors import GenerationFailed
+from tgi_cli.serve.prometheus import Metrics
+from tgi_cli.tokenizer import Tokenizer
+
+
+class TextEvent(msgspec.Struct, gc=False):
+    """What one step added to one answer.
+
+    `text` is new text that can no longer change; `token_texts` and `logprobs` go with `token_ids`.
+    `finish` is None, or `length`, `eos`, `stop` (a stop token id) or `stop_string`.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    token_texts: Sequence[str]
+    logprobs: list[TokenLogprobs] | None
+    finish: str | None
+
+
+class Answer:
+    """Runs one `Request` and remembers what came of it.
+
+    `finish` and the times (seconds) are complete once `events` has been read to its end.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        include_stop: bool,
+    ) -> None:
+        self.request = request
+        self.output_ids: list[int] = []
+        self.token_texts: list[str] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.num_cached_tokens = 0
+        self.text = ""
+        self.finish: str | None = None
+        self.queue_time = 0.0
+        self.total_time = 0.0
+        self._client = client
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._include_stop = include_stop
+
+    @property
+    def inference_time(self) -> float:
+        """Seconds from the first step to the last token."""
+        return max(0.0, self.total_time - self.queue_time)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log probability of the generated tokens: what `best_of` compares."""
+        if not self.logprobs:
+            return float("-inf")
+        return sum(entry.logprob for entry in self.logprobs) / len(self.logprobs)
+
+    async def events(self) -> AsyncIterator[TextEvent]:
+        """Yield one event a step. Closing the iterator early aborts the request in the engine.
+
+        Raises `GenerationFailed` if the engine gives up on it, `EngineUnavailable` if it dies.
+        """
+        sampling = self.request.sampling
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            self.request.prompt_ids,
+            stop=sampling.stop,
+            include_stop=self._include_stop,
+        )
+        pieces: list[str] = []
+        started = last = time.perf_counter()
+        async with aclosing(self._client.generate(self.request)) as deltas:
+            async for delta in deltas:
+                if delta.finish in ("error", "abort"):
+                    raise GenerationFailed(delta.error or "the engine aborted this request")
+                now = time.perf_counter()
+                ids = delta.token_ids
+                if not self.output_ids:
+                    self.queue_time = delta.queue_time
+                    self.num_cached_tokens = delta.num_cached_tokens
+                    self.prompt_logprobs = delta.prompt_logprobs
+                if ids:
+                    if not self.output_ids:
+                        self._metrics.first_token(now - started)
+                    else:
+                        self._metrics.next_tokens(len(ids), now - last)
+                    last = now
+                self.output_ids += ids
+                if delta.logprobs:
+                    self.logprobs += delta.logprobs
+                read = detokenizer.push(ids)
+                text = read.text
+                finish = "stop_string" if read.stopped else delta.finish
+                if finish is not None and not read.stopped:
+                    text += detokenizer.finish()
+                pieces.append(text)
+                self.token_texts += read.token_texts
+                if finish is not None:
+                    self.total_time = now - started
+                    self.text = "".join(pieces)
+                    self.finish = finish
+                    self._metrics.finished(
+                        num_prompt_tokens=len(self.request.prompt_ids),
+                        max_tokens=sampling.max_tokens,
+                        num_generated=len(self.output_ids),
+                        queue_time=self.queue_time,
+                        total_time=self.total_time,
+                    )
+                yield TextEvent(text, ids, read.token_texts, delta.logprobs, finish)
+                if finish is not None:
+                    return
+
+    async def complete(self) -> None:
+        """Run to the end without looking at the events."""
+        async with aclosing(self.events()) as events:
+            async for _ in events:
+                pass
+
+
+async def complete_all(answers: Sequence[Answer]) -> None:
+    """Run several answers side by side; the first failure aborts the others and is raised."""
+    if len(answers) == 1:
+        await answers[0].complete()
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for answer in answers:
+                group.create_task(answer.complete())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def merge(answers: Sequence[Answer]) -> AsyncIterator[list[tuple[int, TextEvent]]]:
+    """Yield (index, event) pairs of several answers, all that are there at once in one list."""
+    if len(answers) == 1:
+        async with aclosing(answers[0].events()) as events:
+            async for event in events:
+                yield [(0, event)]
+        return
+    inbox: asyncio.Queue[tuple[int, TextEvent] | Exception | None] = asyncio.Queue()
+
+    async def forward(index: int, answer: Answer) -> None:
+        try:
+            async with aclosing(answer.events()) as events:
+                async for event in events:
+                    inbox.put_nowait((index, event))
+            inbox.put_nowait(None)
+        except Exception as error:
+            inbox.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(i, answer)) for i, answer in enumerate(answers)]
+    open_streams = len(tasks)
+    try:
+        while open_streams:
+            items = [await inbox.get()]
+            while not inbox.empty():
+                items.append(inbox.get_nowait())
+            events_now: list[tuple[int, TextEvent]] = []
+            for item in items:
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    open_streams -= 1
+                else:
+                    events_now.append(item)
+            if events_now:
+                yield events_now
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,251 @@
+"""The way in for every API: permits, template, tokenizer, limits, seeds; then `Answer`s.
+
+HTTP-neutral: takes messages, text or token ids and sampling parameters, gives sequences being
+generated. Says no before the engine hears of it. Template and tokenizer run in a thread pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+
+from tgi_cli.chat_template import ChatTemplate
+from tgi_cli.config import ServerConfig
+from tgi_cli.engine.client import EngineClient
+from tgi_cli.engine.messages import ModelFacts, Request
+from tgi_cli.errors import EngineUnavailable, InvalidRequest, TemplateFailed
+from tgi_cli.sampling import SamplingParams, child_seed
+from tgi_cli.serve.answer import Answer
+from tgi_cli.serve.limits import Admission, Limits
+from tgi_cli.serve.prometheus import Metrics
+from tgi_cli.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class Texts(msgspec.Struct, frozen=True):
+    """What turns text into tokens for the loaded model; `template` None when it has none."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+class Prompt(msgspec.Struct, frozen=True, gc=False):
+    """A tokenized prompt. `field` is what the API calls it, for messages about it."""
+
+    ids: list[int]
+    text: str
+    field: str
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """On whose behalf: the tenant is the API key's name, `user` divides the tenant's share."""
+
+    tenant: str = ""
+    user: str = ""
+    priority: int = 0
+
+
+class Visit:
+    """One generation request in the house; `error` is set when a begun stream broke."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
+class FrontDoor:
+    """One HTTP worker's door to one engine."""
+
+    def __init__(self, client: EngineClient, config: ServerConfig, metrics: Metrics) -> None:
+        self.client = client
+        self.config = config
+        self.metrics = metrics
+        self.admission = Admission(config.max_concurrent_requests)
+        self.draining = False
+        self._open: tuple[Texts, Limits, ModelFacts] | None = None
+        self._pool = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validate")
+
+    def open(self, texts: Texts, facts: ModelFacts) -> None:
+        """Let requests in: the model is loaded and its tokenizer too."""
+        limits = Limits.resolve(self.config, facts)
+        self.metrics.model_ready(limits)
+        self._open = (texts, limits, facts)
+
+    def close(self) -> None:
+        """Release the thread pool."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def state(self) -> str:
+        """`ready`, or what the server is doing instead."""
+        if self.draining:
+            return "shutting down"
+        if self.client.state == "ready" and self._open is None:
+            return "loading the tokenizer"
+        return self.client.state
+
+    @property
+    def texts(self) -> Texts:
+        """Tokenizer and template. Raises `EngineUnavailable` before the model is known."""
+        return self._opened()[0]
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force. Raises `EngineUnavailable` before the model is known."""
+        return self._opened()[1]
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The loaded model. Raises `EngineUnavailable` before it is known."""
+        return self._opened()[2]
+
+    def _opened(self) -> tuple[Texts, Limits, ModelFacts]:
+        if self._open is None:
+            raise EngineUnavailable(f"the server is not ready: {self.state}")
+        return self._open
+
+    def check_ready(self) -> None:
+        """Raise `EngineUnavailable` with what the server is doing unless it can generate now."""
+        if self.state != "ready":
+            raise EngineUnavailable(f"the server is not ready: {self.state}")
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[Visit]:
+        """Count a generation request of `count` sequences, from the door to its end.
+
+        Raises `EngineUnavailable` when the engine is not ready and `Overloaded` when the house is
+        full; what the body raises is counted and passed on.
+        """
+        visit = Visit()
+        self.metrics.accepted()
+        try:
+            self.check_ready()
+            with self.admission.permits(count):
+                yield visit
+        except BaseException as error:
+            visit.error = error
+            raise
+        finally:
+            if visit.error is None:
+                self.metrics.succeeded()
+            else:
+                self.metrics.failed(visit.error)
+
+    async def in_pool(self, function: Callable[[], T]) -> T:
+        """Run CPU work off the event loop, on one of the `validation_workers`."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def encode(self, text: str, *, field: str, truncate: int | None = None) -> Prompt:
+        """Tokenize a plain prompt, with the special tokens the model wants around it.
+
+        `truncate` keeps the last so many tokens.
+        """
+        if not text:
+            raise InvalidRequest(f"`{field}` cannot be empty", param=field)
+        started = time.perf_counter()
+        tokenizer = self.texts.tokenizer
+        ids = await self.in_pool(lambda: tokenizer.encode(text))
+        self.metrics.validated(time.perf_counter() - started)
+        return self._prompt(ids if truncate is None else ids[-truncate:], text, field)
+
+    def from_ids(self, ids: Sequence[int], *, field: str) -> Prompt:
+        """Take a prompt that is tokens already."""
+        vocab_size = self.facts.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"`{field}` token ids must be >= 0 and < {vocab_size}. Given: {token}",
+                    param=field,
+                )
+        return self._prompt(list(ids), self.texts.tokenizer.decode(ids), field)
+
+    async def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_kwargs: dict[str, Any],
+    ) -> Prompt:
+        """Lay messages out with the chat template and tokenize the result as it stands."""
+        texts = self.texts
+        template = texts.template
+        if template is None:
+            raise TemplateFailed(
+                "template not found: this model has no chat template",
+                hint="use /v1/completions, or start with --chat-template FILE",
+            )
+
+        def work() -> tuple[str, list[int]]:
+            text = template.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **template_kwargs,
+            )
+            return text, texts.tokenizer.encode(text, add_special_tokens=False)
+
+        started = time.perf_counter()
+        text, ids = await self.in_pool(work)
+        self.metrics.validated(time.perf_counter() - started)
+        return self._prompt(ids, text, "messages")
+
+    def _prompt(self, ids: list[int], text: str, field: str) -> Prompt:
+        if not ids:
+            raise InvalidRequest(f"`{field}` has no tokens", param=field)
+        return Prompt(ids, text, field)
+
+    def max_tokens(self, prompt: Prompt, asked: int | None, tokens_field: str) -> int:
+        """New tokens this prompt may have; see `Limits.max_tokens`."""
+        return self.limits.max_tokens(
+            len(prompt.ids), asked, prompt_field=prompt.field, tokens_field=tokens_field
+        )
+
+    def answers(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        caller: Caller,
+        count: int = 1,
+        include_stop: bool = False,
+    ) -> list[Answer]:
+        """Make `count` sequences for a prompt; nothing runs before their events are read.
+
+        Child i samples with `child_seed(sampling.seed, i)`.
+        """
+        texts = self.texts
+        sampling.validate(self.facts.vocab_size)
+        arrival = time.time()
+        name = secrets.token_hex(8)
+        return [
+            Answer(
+                Request(
+                    id=f"{name}-{i}",
+                    prompt_ids=prompt.ids,
+                    sampling=msgspec.structs.replace(sampling, seed=child_seed(sampling.seed, i)),
+                    eos_token_ids=tuple(texts.tokenizer.eos_token_ids),
+                    tenant=caller.tenant,
+                    user=caller.user,
+                    priority=caller.priority,
+                    arrival=arrival,
+                ),
+                self.client,
+                texts.tokenizer,
+                self.metrics,
+                include_stop=include_stop,
+            )
+            for i in range(count)
+        ]
+
+
+def new_seed() -> int:
+    """Seed for a request that brought none: fixed at acceptance, so that it can be resumed."""
+    return secrets.randbits(64)

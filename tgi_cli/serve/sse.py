@@ -1,0 +1,96 @@
+"""Server-sent events: one write a step, a comment when silent, an error event when it breaks.
+
+The status line waits for the first frame (or a moment's patience), so that a refusal is a real
+HTTP status and not an event inside a 200. Knows no JSON shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+from aiohttp import web
+
+from tgi_cli.errors import EngineError, RequestError, TgiError
+
+#: Seconds to wait for the first frame before the headers are sent without it.
+PEEK_SECONDS = 10.0
+#: Seconds of silence after which a comment tells proxies that the stream lives (TGI's).
+KEEP_ALIVE_SECONDS = 15.0
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def send_frames(
+    request: web.Request,
+    frames: AsyncGenerator[bytes, None],
+    *,
+    error_event: Callable[[TgiError], bytes],
+    headers: dict[str, str] | None = None,
+) -> web.StreamResponse:
+    """Stream `frames`, each one write, and close it. Errors before the first frame are raised.
+
+    Later ones become the stream's last event. When the client goes away `frames` is closed,
+    which aborts the request in the engine.
+    """
+    pending = asyncio.ensure_future(_next(frames))
+    try:
+        await asyncio.wait({pending}, timeout=PEEK_SECONDS)
+        if pending.done():
+            pending.result()
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                **(headers or {}),
+            }
+        )
+        await response.prepare(request)
+        writer = _Writer(response)
+        try:
+            frame = await pending
+            while frame is not None:
+                await writer.write(frame)
+                frame = await _next(frames)
+        except (RequestError, EngineError) as error:
+            await writer.write(error_event(error))
+        finally:
+            writer.close()
+        await response.write_eof()
+    finally:
+        if not pending.done():
+            pending.cancel()
+            with suppress(asyncio.CancelledError):
+                await pending
+        await frames.aclose()
+    return response
+
+
+async def _next(frames: AsyncGenerator[bytes, None]) -> bytes | None:
+    return await anext(frames, None)
+
+
+class _Writer:
+    """Writes frames and, in longer silences, comments."""
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        self._response = response
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self._keeper = asyncio.create_task(self._keep_alive())
+
+    async def write(self, frame: bytes) -> None:
+        self._last = self._loop.time()
+        await self._response.write(frame)
+
+    def close(self) -> None:
+        self._keeper.cancel()
+
+    async def _keep_alive(self) -> None:
+        with suppress(ConnectionResetError):
+            while True:
+                await asyncio.sleep(self._last + KEEP_ALIVE_SECONDS - self._loop.time())
+                if self._loop.time() - self._last >= KEEP_ALIVE_SECONDS:
+                    await self.write(b":\n\n")

@@ -1,0 +1,1 @@
+"""Native routes: Text Generation Inference's shapes."""
