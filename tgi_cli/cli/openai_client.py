@@ -7,7 +7,8 @@ statistics; who reads the chunks takes the times.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from tgi_cli.errors import RemoteError, UsageError
 
 _DONE = b"[DONE]"
 _CONNECT_SECONDS = 10.0
+_DRAIN_SECONDS = 1.0
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -110,7 +112,7 @@ class OpenAIClient:
                     hint="is this an OpenAI-compatible server?",
                 ) from None
 
-    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[Chunk]:
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Send a streaming request and yield its chunks; closing the iterator ends it.
 
         Raises `RemoteError`, also when the server reports an error within the stream or the
@@ -119,9 +121,11 @@ class OpenAIClient:
         events = EventStream()
         finished = False
         async with self._request("POST", path, body) as response:
-            async for data in self._chunks(response):
+            chunks = self._chunks(response)
+            async for data in chunks:
                 for event in events.feed(data):
                     if event == _DONE:
+                        await _drain(chunks)
                         return
                     chunk = read_chunk(event)
                     finished = finished or bool(chunk.finish)
@@ -147,6 +151,14 @@ class OpenAIClient:
             ) from error
 
 
+async def _drain(chunks: AsyncIterator[bytes]) -> None:
+    """Read to the end of the body, which is due: only then can the connection be used again."""
+    with contextlib.suppress(TimeoutError, RemoteError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for _ in chunks:
+                pass
+
+
 class _Exchange:
     """One request as an async context manager that opens only on a 2xx answer."""
 
@@ -170,7 +182,7 @@ class _Exchange:
                 return response
             body = await response.read()
             response.release()
-        except (aiohttp.ClientConnectionError, ConnectionError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientConnectionError, ConnectionError) as error:
             raise _unreachable(self._url, error) from error
         except aiohttp.ClientError as error:
             raise RemoteError(f"{self._url} failed: {error}", kind="bad answer") from error
