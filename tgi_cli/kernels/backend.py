@@ -39,7 +39,7 @@ class Backend:
         """Bytes this process can still take, by the container's limit where that is lower."""
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
-        available = int(psutil.virtual_memory().available)
+        available = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
         within = cgroup_headroom()
         return available if within is None else min(available, within)
 

@@ -67,8 +67,10 @@ def rope_store(
     cos, sin = rope_table[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, n/2] each
     _rotate(q, cos, sin)
     _rotate(k, cos, sin)
-    k_cache.view(-1, *k_cache.shape[2:])[slot_mapping] = k.to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[2:])[slot_mapping] = v.to(v_cache.dtype)
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        rows = new.flatten(1).to(cache.dtype)
+        cache.view(num_slots, -1).index_copy_(0, slot_mapping, rows)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

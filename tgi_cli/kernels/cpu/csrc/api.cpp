@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "program.h"
 
 namespace {
 
@@ -56,5 +57,10 @@ TGI_CALL(rms_norm, RmsNorm)
 TGI_CALL(rope_store, RopeStore)
 TGI_CALL(attention, Attention)
 TGI_CALL(embed, Embed)
+
+void tgi_step(void* context, const tgi::Program* program, const tgi::StepInput* input) {
+  auto* c = static_cast<Context*>(context);
+  tgi::run_step(c->pool, *c->kernels, *program, *input);
+}
 
 }  // extern "C"

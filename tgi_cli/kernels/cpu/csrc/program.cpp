@@ -1,0 +1,89 @@
+#include "program.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace tgi {
+namespace {
+
+struct Runner {
+  Pool& pool;
+  const Kernels& kernels;
+  const Program& program;
+  const StepInput& step;
+
+  void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
+    kernels.rms_norm(pool, {x, weight, out, step.tokens, program.hidden, program.hidden, eps, out_float});
+  }
+
+  void gemm(const uint16_t* x, const uint16_t* w, const float* bias, void* out, int64_t n, int64_t k,
+            int64_t ldo, Epilogue epilogue) const {
+    kernels.gemm(pool, {x, w, bias, out, step.tokens, n, k, k, ldo, static_cast<int32_t>(epilogue)});
+  }
+
+  // The residual stream takes what a part gives, directly or through a norm of its own.
+  void into_residual(const uint16_t* x, const uint16_t* w, const float* bias, int64_t k,
+                     const float* after, float eps) const {
+    const int64_t hidden = program.hidden;
+    if (after == nullptr) {
+      gemm(x, w, bias, step.residual, hidden, k, hidden, Epilogue::kAddFloat);
+      return;
+    }
+    gemm(x, w, bias, step.wide, hidden, k, hidden, Epilogue::kStoreFloat);
+    norm(step.wide, after, eps, step.wide, true);
+    constexpr int64_t kRows = 16;
+    pool.parallel((step.tokens + kRows - 1) / kRows, [&](int64_t item, int) {
+      const int64_t end = ((item + 1) * kRows < step.tokens ? (item + 1) * kRows : step.tokens) * hidden;
+      for (int64_t i = item * kRows * hidden; i < end; ++i) step.residual[i] += step.wide[i];
+    });
+  }
+
+  void layer(const LayerProgram& l) const {
+    const int64_t width = l.heads * l.head_dim;
+    const int64_t qkv_width = width + 2 * l.kv_heads * l.head_dim;
+    norm(step.residual, l.attention_norm, l.eps, step.narrow, false);
+    gemm(step.narrow, l.qkv, l.qkv_bias, step.wide, qkv_width, program.hidden, qkv_width,
+         Epilogue::kStoreFloat);
+    kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
+                              step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
+                              l.head_dim, l.rotary_dim, l.qk_eps});
+    kernels.attention(pool, {step.queries, l.k_cache, l.v_cache, step.block_tables[l.group], step.seq_lens,
+                             step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
+                             l.kv_heads, l.head_dim, l.window, l.scale, 0.0f});
+    into_residual(step.attended, l.output, l.output_bias, width, l.after_attention_norm, l.eps);
+    norm(step.residual, l.feed_norm, l.eps, step.narrow, false);
+    gemm(step.narrow, l.gate_up, l.gate_up_bias, step.activated, 2 * l.intermediate, program.hidden,
+         l.intermediate, static_cast<Epilogue>(l.activation));
+    into_residual(step.activated, l.down, l.down_bias, l.intermediate, l.after_feed_norm, l.eps);
+  }
+
+  void head() const {
+    const int64_t hidden = program.hidden;
+    if (step.num_logits == 0) return;
+    // The rows that need logits, gathered; the workspace of the layers is free by now.
+    for (int64_t i = 0; i < step.num_logits; ++i)
+      std::memcpy(step.wide + i * hidden, step.residual + step.logit_rows[i] * hidden,
+                  static_cast<size_t>(hidden) * sizeof(float));
+    kernels.rms_norm(pool, {step.wide, program.final_norm, step.narrow, step.num_logits, hidden, hidden,
+                            program.final_eps, 0});
+    kernels.gemm(pool, {step.narrow, program.head, nullptr, step.logits, step.num_logits, program.vocab,
+                        hidden, hidden, program.vocab, static_cast<int32_t>(Epilogue::kStoreFloat)});
+    if (program.logit_softcap > 0) {
+      const float cap = program.logit_softcap;
+      for (int64_t i = 0; i < step.num_logits * program.vocab; ++i)
+        step.logits[i] = cap * std::tanh(step.logits[i] / cap);
+    }
+  }
+};
+
+}  // namespace
+
+void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
+  const Runner runner{pool, kernels, program, step};
+  kernels.embed(pool, {program.table, step.ids, step.residual, step.tokens, program.hidden,
+                       program.embedding_scale, 0});
+  for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i]);
+  runner.head();
+}
+
+}  // namespace tgi

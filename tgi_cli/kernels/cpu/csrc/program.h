@@ -1,0 +1,65 @@
+// A whole step of a dense decoder in one call: embedding, layers, final norm, head.
+//
+// The structs mirror kernels/cpu/program.py field by field; all pointers belong to the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace tgi {
+
+struct LayerProgram {
+  const float* attention_norm;       // [hidden]
+  const uint16_t* qkv;               // packed
+  const float* qkv_bias;             // or null
+  const float* q_norm;               // [head_dim] or null
+  const float* k_norm;
+  const float* cos_sin;              // [max_position, head_dim]
+  const uint16_t* output;            // packed
+  const float* output_bias;          // or null
+  const float* after_attention_norm; // [hidden] or null
+  const float* feed_norm;            // [hidden]
+  const uint16_t* gate_up;           // packed, rows alternate 16 gate, 16 up
+  const float* gate_up_bias;         // or null
+  const uint16_t* down;              // packed
+  const float* down_bias;            // or null
+  const float* after_feed_norm;      // [hidden] or null
+  uint16_t* k_cache;
+  uint16_t* v_cache;
+  int64_t heads, kv_heads, head_dim, rotary_dim, window, intermediate, group;
+  float scale, qk_eps, eps;
+  int32_t activation;                // Epilogue::kSiluMul or kGeluTanhMul
+};
+
+struct Program {
+  const LayerProgram* layers;
+  const void* table;                 // [vocab, hidden] bf16
+  const float* final_norm;
+  const uint16_t* head;              // packed
+  int64_t num_layers, hidden, vocab;
+  float embedding_scale, final_eps, logit_softcap;  // softcap 0: none
+};
+
+struct StepInput {
+  const int64_t* ids;                // [tokens]
+  const int64_t* positions;          // [tokens]
+  const int32_t* seq_lens;           // [seqs]
+  const int32_t* query_start;        // [seqs + 1]
+  const int64_t* const* slots;       // per KV group: [tokens]
+  const int32_t* const* block_tables;  // per KV group: [seqs, table_strides[g]]
+  const int64_t* table_strides;
+  const int64_t* logit_rows;         // [num_logits]
+  float* residual;                   // workspace [tokens, hidden]
+  float* wide;                       // workspace [tokens, max of qkv width and hidden]
+  uint16_t* narrow;                  // workspace [tokens, hidden]
+  uint16_t* queries;                 // workspace [tokens, max heads * head_dim]
+  uint16_t* attended;                // workspace like queries
+  uint16_t* activated;               // workspace [tokens, max intermediate]
+  float* logits;                     // out [num_logits, vocab]
+  int64_t tokens, seqs, num_logits;
+};
+
+void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step);
+
+}  // namespace tgi

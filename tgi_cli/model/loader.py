@@ -1,0 +1,107 @@
+"""Loading parts from a checkpoint: one place that reads, converts, checks shapes and keeps book.
+
+Parts ask for what they need by name; at the end `finish` knows which tensors nobody asked for.
+Reads tensor by tensor, so that a checkpoint is never in memory twice. Knows no families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tgi_cli.errors import CheckpointError
+from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.ops import Ops
+from tgi_cli.quantize.formats.base import WHOLE, Format, TensorSource, Weight
+
+_MISFIT = "the weights and `config.json` do not belong together, or the download is incomplete"
+
+
+class Loader:
+    """A source, its format and the target: what every part needs to build itself."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        format: Format,
+        backend: Backend,
+        dtype: torch.dtype,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.source = source
+        self.format = format
+        self.device = backend.device
+        self.ops: Ops = backend.ops
+        self.dtype = dtype
+        self._progress = progress
+        self._used: set[str] = set()
+        self._bytes_done = 0
+        self._bytes_total = sum(map(source.nbytes, source.keys())) or 1
+
+    def vector(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """A one-dimensional tensor of `size` elements, in memory of its own."""
+        return self._tensor(name, (size,), dtype)
+
+    def table(self, name: str, rows: int, columns: int) -> Tensor:
+        """A matrix that is looked up, not multiplied: [rows, columns] in the model's dtype."""
+        return self._tensor(name, (rows, columns), self.dtype)
+
+    def matrix(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
+        """Matrices of these output sizes, stacked along the output and ready for the backend."""
+        parts = []
+        for name, rows in zip(names, out_features, strict=True):
+            self._check(name, (rows, in_features))
+            parts.append(self.format.load(self.source, name, WHOLE, self.dtype))
+            self._done(name)
+        weight = self.format.fuse(parts) if len(parts) > 1 else parts[0]
+        return weight.prepare(self.ops)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds `name`."""
+        return name in self.source
+
+    def skip(self, name: str) -> None:
+        """Count a tensor as used that is known to add nothing."""
+        self._done(name)
+
+    def finish(self, ignored: Sequence[str]) -> None:
+        """Check that every tensor was used, but for names that end with one of `ignored`.
+
+        Raises:
+            CheckpointError: tensors are left over, so the model is not the one described.
+        """
+        unused = set(self.source.keys()) - self._used
+        left = sorted(key for key in unused if not key.endswith(tuple(ignored)))
+        if left:
+            shown = ", ".join(f"`{key}`" for key in left[:4]) + (", …" if len(left) > 4 else "")
+            raise CheckpointError(
+                f"{len(left)} tensors of the checkpoint have no place in the model: {shown}",
+                hint="`config.json` describes another model than the one stored here",
+            )
+        if self._progress is not None:
+            self._progress(1.0)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self._check(name, shape)
+        # A copy, as `read` may give a view of the mapped file.
+        tensor = self.source.read(name).to(device=self.device, dtype=dtype, copy=True)
+        self._done(name)
+        return tensor.contiguous()
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self.source:
+            raise CheckpointError(f"tensor `{name}` is missing from the checkpoint", hint=_MISFIT)
+        stored = self.source.shape(name)
+        if stored != shape:
+            raise CheckpointError(
+                f"tensor `{name}` has shape {stored}, but `config.json` asks for {shape}",
+                hint=_MISFIT,
+            )
+
+    def _done(self, name: str) -> None:
+        self._used.add(name)
+        self._bytes_done += self.source.nbytes(name)
+        if self._progress is not None:
+            self._progress(min(1.0, self._bytes_done / self._bytes_total))
