@@ -5,7 +5,7 @@ Imports only messages: importing this module costs neither torch nor ZMQ. Knows 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request
@@ -14,7 +14,7 @@ from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request
 class EngineClient(Protocol):
     """One engine. Raises `EngineUnavailable` while it is not ready and from streams it leaves."""
 
-    def generate(self, request: Request) -> AsyncIterator[Delta]:
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Stream deltas until one has `finish`. Closing the iterator early aborts the request."""
         ...
 
