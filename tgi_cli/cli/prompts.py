@@ -1,0 +1,77 @@
+"""Prompts of an exact length for any server, without its tokenizer.
+
+Common words are cut out of a fixed list until the server itself counts the wanted number of prompt
+tokens; every request then gets the same words in another order. Tokenizers split at spaces, so the
+order does not change the count, while different beginnings keep a prefix cache out of the figures.
+The report shows the counts the server gave, should a tokenizer behave otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+from tgi_cli.errors import RemoteError, UsageError
+
+_TEXT = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or "
+    "one had by word but not what all were we when your can said there use an each which she do "
+    "how their if will up other about out many then them these so some her would make like him "
+    "into time has look two more write go see number no way could people my than first water "
+    "been call who oil its now find long down day did get come made may part"
+)
+_FILLER = "a"  # the shortest step: one token in every vocabulary
+_MEASUREMENTS = 12
+
+
+class Prompts:
+    """An endless supply: prompt `index` is always the same text for the same seed."""
+
+    def __init__(self, words: list[str], seed: int, num_tokens: int) -> None:
+        self._words = words
+        self._seed = seed
+        self.num_tokens = num_tokens  # as the server counted them
+
+    def prompt(self, index: int) -> str:
+        """The words in the order of `index`."""
+        words = list(self._words)
+        random.Random(f"{self._seed}/{index}").shuffle(words)
+        return " ".join(words)
+
+
+async def calibrate(count: Callable[[str], Awaitable[int]], num_tokens: int, seed: int) -> Prompts:
+    """Find words that the server counts as `num_tokens`, or as close as a dozen tries get.
+
+    `count` asks the server for the prompt tokens of a text. Raises `UsageError` when even one word
+    is too long because of what the server adds, and whatever `count` raises.
+    """
+    draw = random.Random(seed)
+    supply = draw.choices(_TEXT.split(), k=max(num_tokens, 1))
+    num_words, num_fillers = max(num_tokens, 1), 0
+    best: tuple[int, list[str], int] | None = None
+    for _ in range(_MEASUREMENTS):
+        words = supply[:num_words] + [_FILLER] * num_fillers
+        measured = await count(" ".join(words))
+        if measured < 1:
+            raise RemoteError("the server counts no prompt tokens in `usage`", kind="bad answer")
+        distance = abs(measured - num_tokens)
+        if best is None or distance < best[0]:
+            best = (distance, words, measured)
+        if measured == num_tokens:
+            break
+        if measured < num_tokens:
+            num_fillers += num_tokens - measured
+        elif num_fillers:
+            num_fillers = max(num_fillers - (measured - num_tokens), 0)
+        elif num_words == 1:
+            raise UsageError(
+                f"--input-tokens is {num_tokens} but the server counts {measured} tokens for a "
+                "single word",
+                hint=f"give at least {measured}, or --endpoint completions for no chat template",
+            )
+        else:
+            # Exact when words are one token each; else in proportion. Fillers make up the rest.
+            fewer = num_words - (measured - num_tokens)
+            num_words = fewer if fewer > 0 else max(num_words * num_tokens // measured, 1)
+    assert best is not None
+    return Prompts(best[1], seed, best[2])
