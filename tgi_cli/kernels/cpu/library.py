@@ -107,7 +107,87 @@ class Embed(ctypes.Structure):
         *((name, _POINTER) for name in ("table", "ids", "out")),
         *((name, _INT64) for name in ("tokens", "dim")),
         ("scale", _FLOAT),
-        ("table_float", _INT32),
+        ("packed", _INT32),
+    )
+
+
+class LayerProgram(ctypes.Structure):
+    """One layer of a decoder: weights, cache and sizes."""
+
+    _fields_ = (
+        *(
+            (name, _POINTER)
+            for name in (
+                "attention_norm",
+                "qkv",
+                "qkv_bias",
+                "q_norm",
+                "k_norm",
+                "cos_sin",
+                "output",
+                "output_bias",
+                "after_attention_norm",
+                "feed_norm",
+                "gate_up",
+                "gate_up_bias",
+                "down",
+                "down_bias",
+                "after_feed_norm",
+                "k_cache",
+                "v_cache",
+            )
+        ),
+        *(
+            (name, _INT64)
+            for name in (
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "rotary_dim",
+                "window",
+                "intermediate",
+                "group",
+            )
+        ),
+        *((name, _FLOAT) for name in ("scale", "qk_eps", "eps")),
+        ("activation", _INT32),
+    )
+
+
+class Program(ctypes.Structure):
+    """A whole decoder."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayerProgram)),
+        *((name, _POINTER) for name in ("table", "final_norm", "head")),
+        *((name, _INT64) for name in ("num_layers", "hidden", "vocab")),
+        *((name, _FLOAT) for name in ("embedding_scale", "final_eps", "logit_softcap")),
+        ("table_packed", _INT32),
+    )
+
+
+class StepInput(ctypes.Structure):
+    """The tensors of one step, workspace included."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("ids", "positions", "seq_lens", "query_start")),
+        ("slots", ctypes.POINTER(_POINTER)),
+        ("block_tables", ctypes.POINTER(_POINTER)),
+        ("table_strides", ctypes.POINTER(_INT64)),
+        *(
+            (name, _POINTER)
+            for name in (
+                "logit_rows",
+                "residual",
+                "wide",
+                "narrow",
+                "queries",
+                "attended",
+                "activated",
+                "logits",
+            )
+        ),
+        *((name, _INT64) for name in ("tokens", "seqs", "num_logits")),
     )
 
 
@@ -156,6 +236,10 @@ class Context:
     def call(self, name: str, arguments: ctypes.Structure) -> None:
         """Run `tgi_<name>(context, &arguments)`."""
         getattr(self._dll, f"tgi_{name}")(self.handle, ctypes.byref(arguments))
+
+    def step(self, program: Program, step: StepInput) -> None:
+        """Run a whole step."""
+        self._dll.tgi_step(self.handle, ctypes.byref(program), ctypes.byref(step))
 
     def pack(self, weight: Tensor, out: Tensor) -> None:
         """Pack a contiguous bf16 [n, k] matrix (k even) into panels of `PANEL` outputs."""

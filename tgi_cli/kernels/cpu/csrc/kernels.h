@@ -68,12 +68,12 @@ struct Attention {
 };
 
 struct Embed {
-  const void* table;    // bf16 or fp32 [vocab, dim]
+  const uint16_t* table;  // bf16 [vocab, dim], or packed as a matrix of `vocab` outputs
   const int64_t* ids;   // [tokens]
   float* out;           // [tokens, dim]
   int64_t tokens, dim;
   float scale;
-  int32_t table_float;
+  int32_t packed;
 };
 
 struct Kernels {

@@ -81,7 +81,7 @@ struct Runner {
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
   const Runner runner{pool, kernels, program, step};
   kernels.embed(pool, {program.table, step.ids, step.residual, step.tokens, program.hidden,
-                       program.embedding_scale, 0});
+                       program.embedding_scale, program.table_packed});
   for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i]);
   runner.head();
 }

@@ -34,11 +34,12 @@ struct LayerProgram {
 
 struct Program {
   const LayerProgram* layers;
-  const void* table;                 // [vocab, hidden] bf16
+  const uint16_t* table;             // see Embed
   const float* final_norm;
   const uint16_t* head;              // packed
   int64_t num_layers, hidden, vocab;
   float embedding_scale, final_eps, logit_softcap;  // softcap 0: none
+  int32_t table_packed;
 };
 
 struct StepInput {

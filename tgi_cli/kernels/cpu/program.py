@@ -1,0 +1,193 @@
+"""A native program for a whole step of a dense decoder: one call instead of some 300 operations.
+
+Built from the parts of a decoder, which it repacks in place, tensor by tensor. The Python
+composition stays callable and is the oracle. Not knowing a part means no program: `build` returns
+None and the composition runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgi_cli.kernels.cpu.library import (
+    BLOCK,
+    Context,
+    LayerProgram,
+    Program,
+    StepInput,
+    pointer,
+)
+from tgi_cli.kernels.cpu.packed import PackedEnds, PackedWeight, interleave
+
+_ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
+_MAX_HEAD_DIM = 512
+
+
+def reason_against(decoder: Any) -> str | None:
+    """Why this decoder has no native program, or None if it has one."""
+    spec = decoder.spec
+    if decoder.embedding is None or decoder.head is None:
+        return "it is an inner stage of a pipeline"
+    if decoder.embedding.table.dtype != torch.bfloat16:
+        return f"its dtype is {str(decoder.embedding.table.dtype).removeprefix('torch.')}"
+    if spec.hidden_size % 16:
+        return f"its hidden size {spec.hidden_size} is no multiple of 16"
+    for layer in spec.layers:
+        dim = layer.attention.head_dim
+        if dim % 16 or dim > _MAX_HEAD_DIM:
+            return f"its head size {dim} is no multiple of 16 up to {_MAX_HEAD_DIM}"
+        if layer.feed.intermediate_size % 16:
+            return f"its intermediate size {layer.feed.intermediate_size} is no multiple of 16"
+        if layer.feed.activation not in _ACTIVATIONS:
+            return f"its activation is {layer.feed.activation}"
+    return None
+
+
+class NativeStep:
+    """Callable for one step: `Batch` and caches in, logits of `batch.logit_rows` out."""
+
+    def __init__(self, context: Context, decoder: Any) -> None:
+        self._context = context
+        self._spec = spec = decoder.spec
+        self._kept: list[Tensor] = []  # what the program points to
+        self._layers = (LayerProgram * len(spec.layers))()
+        group_of = {i: g for g, group in enumerate(spec.kv_groups) for i in group.layers}
+        tables: dict[int, Tensor] = {}
+        for index, (layer, part) in enumerate(zip(decoder.layers, spec.layers, strict=True)):
+            table = layer.attention.rope_table
+            if id(table) not in tables:
+                tables[id(table)] = self._keep(table.float())
+            self._fill(self._layers[index], layer, part, group_of[index], tables[id(table)])
+        self._program = self._ends(decoder)
+        self._caches: tuple[int, ...] = ()
+        attention = [part.attention for part in spec.layers]
+        self._query_width = max(a.num_heads * a.head_dim for a in attention)
+        self._wide = max(
+            spec.hidden_size,
+            max((a.num_heads + 2 * a.num_kv_heads) * a.head_dim for a in attention),
+        )
+        self._intermediate = max(part.feed.intermediate_size for part in spec.layers)
+        self._workspace = 0
+        self._grow(64)
+
+    def __call__(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Run `batch`: float32 logits [num_logits, vocab_size]; the caches are written."""
+        tokens, num_logits = len(batch.input_ids), len(batch.logit_rows)
+        self._grow(tokens)
+        self._point_at(kv_caches)
+        logits = torch.empty((num_logits, self._spec.vocab_size))
+        groups = batch.groups
+        pointers, strides = ctypes.c_void_p * len(groups), ctypes.c_int64 * len(groups)
+        step = StepInput(
+            ids=pointer(batch.input_ids),
+            positions=pointer(batch.positions),
+            seq_lens=pointer(batch.seq_lens),
+            query_start=pointer(batch.query_start),
+            slots=pointers(*(pointer(group.slot_mapping) for group in groups)),
+            block_tables=pointers(*(pointer(group.block_tables) for group in groups)),
+            table_strides=strides(*(group.block_tables.stride(0) for group in groups)),
+            logit_rows=pointer(batch.logit_rows),
+            logits=pointer(logits),
+            tokens=tokens,
+            seqs=len(batch.seq_lens),
+            num_logits=num_logits,
+            **{name: pointer(tensor) for name, tensor in self._buffers.items()},
+        )
+        self._context.step(self._program, step)
+        return logits
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _floats(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else pointer(self._keep(tensor.float().contiguous()))
+
+    def _pack(self, linear: Any, *, interleaved: bool = False) -> int | None:
+        """Repack a linear layer's matrix in place; its dense form is freed."""
+        if not isinstance(linear.weight, PackedWeight):
+            dense = linear.weight.dequantize().to(torch.bfloat16)
+            linear.weight = PackedWeight(self._context, dense, interleaved=interleaved)
+        return pointer(self._keep(linear.weight.data))
+
+    def _fill(self, out: LayerProgram, layer: Any, part: Any, group: int, table: Tensor) -> None:
+        attention, mlp, spec = layer.attention, layer.mlp, part.attention
+        out.attention_norm = self._floats(layer.before_attention.weight)
+        out.feed_norm = self._floats(layer.before_feed.weight)
+        if part.wiring == "sandwich":
+            out.after_attention_norm = self._floats(layer.after_attention.weight)
+            out.after_feed_norm = self._floats(layer.after_feed.weight)
+        out.qkv = self._pack(attention.qkv)
+        out.qkv_bias = self._floats(getattr(attention.qkv, "bias", None))
+        out.output = self._pack(attention.output)
+        out.output_bias = self._floats(getattr(attention.output, "bias", None))
+        out.gate_up = self._pack(mlp.gate_up, interleaved=True)
+        bias = getattr(mlp.gate_up, "bias", None)
+        out.gate_up_bias = self._floats(None if bias is None else interleave(bias))
+        out.down = self._pack(mlp.down)
+        out.down_bias = self._floats(getattr(mlp.down, "bias", None))
+        if spec.qk_norm is not None:
+            out.q_norm = self._floats(attention.q_norm.weight)
+            out.k_norm = self._floats(attention.k_norm.weight)
+            out.qk_eps = spec.qk_norm.eps
+        out.cos_sin = pointer(table)
+        out.heads, out.kv_heads, out.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        out.rotary_dim = table.shape[1]
+        out.window, out.scale = spec.window or 0, spec.scale
+        out.intermediate, out.group = part.feed.intermediate_size, group
+        out.eps, out.activation = part.norm.eps, _ACTIVATIONS[part.feed.activation]
+
+    def _ends(self, decoder: Any) -> Program:
+        spec, embedding, head = self._spec, decoder.embedding, decoder.head
+        if hasattr(head, "weight"):
+            head_data, table = self._pack(head), pointer(self._keep(embedding.table))
+            packed = 0
+        else:  # tied: one packed copy serves both ends
+            ends = PackedEnds(self._context, embedding.table, embedding.scale)
+            embedding.forward, head.forward = ends.embed, ends.project
+            embedding.table = head.table = None
+            head_data = table = pointer(self._keep(ends.weight.data))
+            packed = 1
+        return Program(
+            layers=self._layers,
+            table=table,
+            final_norm=self._floats(decoder.norm.weight),
+            head=head_data,
+            num_layers=len(spec.layers),
+            hidden=spec.hidden_size,
+            vocab=spec.vocab_size,
+            embedding_scale=1.0 if embedding.scale is None else embedding.scale,
+            final_eps=decoder.norm.eps,
+            logit_softcap=spec.logit_softcap or 0.0,
+            table_packed=packed,
+        )
+
+    def _grow(self, tokens: int) -> None:
+        """Workspace for so many tokens; doubled, so that it is rarely made anew."""
+        if tokens <= self._workspace:
+            return
+        self._workspace = size = max(tokens, 2 * self._workspace)
+        hidden, bf16 = self._spec.hidden_size, torch.bfloat16
+        self._buffers = {
+            "residual": torch.empty((size, hidden)),
+            "wide": torch.empty((size, self._wide)),
+            "narrow": torch.empty((size, hidden), dtype=bf16),
+            "queries": torch.empty((size, self._query_width), dtype=bf16),
+            "attended": torch.empty((size, self._query_width), dtype=bf16),
+            "activated": torch.empty((size, self._intermediate), dtype=bf16),
+        }
+
+    def _point_at(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        addresses = tuple(tensor.data_ptr() for pair in kv_caches for tensor in pair)
+        if addresses == self._caches:
+            return
+        for layer, (keys, values) in zip(self._layers, kv_caches, strict=True):
+            if keys.shape[1] != BLOCK or keys.dtype != torch.bfloat16:
+                raise ValueError(f"native kernels need bf16 blocks of {BLOCK} tokens")
+            layer.k_cache, layer.v_cache = keys.data_ptr(), values.data_ptr()
+        self._caches = addresses
