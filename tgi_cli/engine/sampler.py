@@ -1,0 +1,105 @@
+"""From logits to tokens: stages, the draw, verification of drafts, log probabilities.
+
+There is one path. A sequence with k drafts brings 1 + k logit rows; each draws the token the model
+would have produced there, and drafts are accepted while they equal it. Without drafts that is
+plain sampling. Knows no blocks and no queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tgi_cli.engine.draw import argmax, draw_gumbel
+from tgi_cli.engine.logprobs import token_logprobs
+from tgi_cli.engine.messages import Request, TokenLogprobs
+from tgi_cli.engine.rows import IntArray, LogitRows
+from tgi_cli.engine.stages import LogitsStage, apply_stages, default_stages
+from tgi_cli.kernels.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the logit rows of one step drew.
+
+    `valid` is False where the logits were not finite or nothing was allowed; the token there means
+    nothing. `logprobs` has an entry for each logit row whose request asked for them.
+    """
+
+    token_ids: IntArray  # [n]
+    valid: NDArray[np.bool_]  # [n]
+    logprobs: dict[int, TokenLogprobs]
+
+
+class Sampler:
+    """Stages in their order, and each row's seed, greediness and wish for log probabilities."""
+
+    def __init__(
+        self, ops: Ops, max_rows: int, stages: tuple[LogitsStage, ...] | None = None
+    ) -> None:
+        self._ops = ops
+        self.stages = default_stages(max_rows) if stages is None else stages
+        self._seeds = np.zeros(max_rows, np.int64)
+        self._greedy = np.ones(max_rows, np.bool_)
+        self._num_top = np.full(max_rows, -1, np.int64)  # -1: no log probabilities
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Fill the row here and in every stage."""
+        sampling = request.sampling
+        self._seeds[row] = np.uint64(sampling.seed).astype(np.int64)
+        self._greedy[row] = sampling.greedy
+        self._num_top[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        for stage in self.stages:
+            stage.add(row, request, output_ids)
+
+    def remove(self, row: int) -> None:
+        """Make the row neutral here and in every stage."""
+        self._greedy[row] = True
+        self._num_top[row] = -1
+        for stage in self.stages:
+            stage.remove(row)
+
+    def sample(self, logits: Tensor, batch: LogitRows) -> Sampled:
+        """Draw one token per logit row. `logits` [n, vocab_size] float32 are overwritten."""
+        best = argmax(logits)
+        finite = torch.isfinite(logits.gather(1, best[:, None]))[:, 0]
+        num_top = self._num_top[batch.rows]
+        wanted = np.flatnonzero(num_top >= 0)
+        raw = logits[torch.from_numpy(wanted).to(logits.device)] if len(wanted) else None
+        if apply_stages(self.stages, logits, batch):
+            best = argmax(logits)
+            finite &= torch.isfinite(logits.gather(1, best[:, None]))[:, 0]
+        valid = finite.numpy(force=True)
+        random = np.flatnonzero(~self._greedy[batch.rows] & valid)
+        if len(random):
+            best[torch.from_numpy(random).to(best.device)] = self._draw(logits, batch, random)
+        token_ids = best.numpy(force=True)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if raw is not None:
+            entries = token_logprobs(raw, token_ids[wanted].tolist(), num_top[wanted].tolist())
+            logprobs = dict(zip(wanted.tolist(), entries, strict=True))
+        return Sampled(token_ids, valid, logprobs)
+
+    def _draw(self, logits: Tensor, batch: LogitRows, index: IntArray) -> Tensor:
+        device = logits.device
+        if len(index) < len(batch):
+            logits = logits[torch.from_numpy(index).to(device)]
+        return draw_gumbel(
+            logits,
+            torch.from_numpy(self._seeds[batch.rows[index]]).to(device),
+            torch.from_numpy(batch.output_positions[index]).to(device),
+            self._ops,
+        )
+
+
+def num_accepted(draft_ids: Sequence[int], drawn_ids: Sequence[int]) -> int:
+    """How many drafts, from the first, equal the tokens drawn in their places."""
+    for i, draft_id in enumerate(draft_ids):
+        if draft_id != drawn_ids[i]:
+            return i
+    return len(draft_ids)

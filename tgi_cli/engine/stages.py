@@ -1,0 +1,343 @@
+"""Stages between raw logits and the draw: masks, bias, penalties, temperature, truncation.
+
+Each stage keeps its parameter per runner row with a neutral value, works on whole blocks of logit
+rows at once and touches only the logit rows that use it, so that a row's result never depends on
+its neighbours. None keeps anything that is not a function of (request, output ids): counts are
+taken from the token history, where drafts before a logit row count like outputs. Knows no model
+and draws nothing.
+
+For the same reason sums over a row use `log_softmax` and sequential `cumsum`: `torch.sum` splits a
+lone row over threads and would round differently there than in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tgi_cli.engine.messages import Request
+from tgi_cli.engine.rows import IntArray, LogitRows, RowState
+
+NEG_INF = float("-inf")
+#: Sorted candidates looked at first for top-p; widened until the nucleus is inside.
+NUCLEUS_WIDTH = 256
+
+
+class LogitsStage(RowState, Protocol):
+    """One transformation of logits. `apply` works in place on [n, vocab_size] float32."""
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Which logit rows the stage changes, [n]."""
+        ...
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Change every row of `logits`; all of them are active."""
+        ...
+
+
+class TokenMask:
+    """Forbids end-of-sequence and stop tokens until `min_tokens` outputs exist."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._min_tokens = np.zeros(max_rows, np.int64)
+        self._ids = [torch.empty(0, dtype=torch.int64)] * max_rows
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Note which ids end this request and from when on they may."""
+        sampling = request.sampling
+        eos = () if sampling.ignore_eos else request.eos_token_ids
+        ids = sorted({*eos, *sampling.stop_token_ids})
+        self._ids[row] = torch.tensor(ids, dtype=torch.int64)
+        self._min_tokens[row] = sampling.min_tokens if ids else 0
+
+    def remove(self, row: int) -> None:
+        """Allow everything."""
+        self._min_tokens[row] = 0
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows below their minimum."""
+        return batch.output_positions < self._min_tokens[batch.rows]
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Set the ids to minus infinity."""
+        for i, row in enumerate(batch.rows.tolist()):
+            logits[i, self._ids[row]] = NEG_INF
+
+
+class LogitBias:
+    """Adds the request's bias to single tokens (OpenAI's `logit_bias`)."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._biased = np.zeros(max_rows, np.bool_)
+        self._ids = [torch.empty(0, dtype=torch.int64)] * max_rows
+        self._values = [torch.empty(0)] * max_rows
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep ids and values as tensors."""
+        bias = request.sampling.logit_bias
+        self._biased[row] = bool(bias)
+        if bias:
+            self._ids[row] = torch.tensor(list(bias), dtype=torch.int64)
+            self._values[row] = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    def remove(self, row: int) -> None:
+        """No bias."""
+        self._biased[row] = False
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows with a bias."""
+        return self._biased[batch.rows]
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Add the values; ids within a request are distinct."""
+        for i, row in enumerate(batch.rows.tolist()):
+            logits[i, self._ids[row]] += self._values[row].to(logits.device)
+
+
+class Penalties:
+    """Repetition penalty (CTRL, Keskar et al. 2019) and OpenAI's frequency and presence penalties.
+
+    The repetition penalty sees prompt and outputs: a positive logit is divided by it, a negative
+    one multiplied. Then frequency is subtracted per occurrence and presence once, both from
+    outputs only.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._repetition = np.ones(max_rows, np.float32)
+        self._frequency = np.zeros(max_rows, np.float32)
+        self._presence = np.zeros(max_rows, np.float32)
+        self._additive = np.zeros(max_rows, np.bool_)  # whether frequency or presence is set
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep the three numbers."""
+        sampling = request.sampling
+        self._repetition[row] = sampling.repetition_penalty
+        self._frequency[row] = sampling.frequency_penalty
+        self._presence[row] = sampling.presence_penalty
+        self._additive[row] = bool(sampling.frequency_penalty or sampling.presence_penalty)
+
+    def remove(self, row: int) -> None:
+        """Back to neutral."""
+        self._repetition[row] = 1.0
+        self._frequency[row] = self._presence[row] = 0.0
+        self._additive[row] = False
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows with any of the three."""
+        repetition: NDArray[np.bool_] = self._repetition[batch.rows] != 1.0
+        return repetition | self._additive[batch.rows]
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Repetition, frequency, presence, in this order (as vLLM)."""
+        self._apply_repetition(logits, batch)
+        self._apply_additive(logits, batch)
+
+    def _apply_repetition(self, logits: Tensor, batch: LogitRows) -> None:
+        penalty = self._repetition[batch.rows]
+        if not (penalty != 1.0).any():
+            return
+        # Padding repeats a real token, and writing one value twice changes nothing.
+        ids = torch.from_numpy(batch.tokens()[0]).to(logits.device)
+        factor = torch.from_numpy(penalty).to(logits.device)[:, None]
+        seen = logits.gather(1, ids)
+        logits.scatter_(1, ids, torch.where(seen < 0, seen * factor, seen / factor))
+
+    def _apply_additive(self, logits: Tensor, batch: LogitRows) -> None:
+        index = np.flatnonzero(self._additive[batch.rows] & (batch.output_positions > 0))
+        if not len(index):
+            return
+        frequency = self._frequency[batch.rows[index]]
+        presence = self._presence[batch.rows[index]]
+        token_ids, valid = batch.select(index).tokens(outputs_only=True)
+        ids = torch.from_numpy(token_ids).to(logits.device)
+        rows = torch.from_numpy(index).to(logits.device)
+        part = logits[rows]
+        # Every addend of one element is the same number, so their order cannot matter.
+        addends = np.where(valid, -frequency[:, None], np.float32(0))
+        part.scatter_add_(1, ids, torch.from_numpy(addends).to(logits.device))
+        once = torch.from_numpy(presence).to(logits.device)[:, None]
+        part.scatter_(1, ids, part.gather(1, ids) - once)
+        logits[rows] = part
+
+
+class Temperature:
+    """Divides logits by the temperature. Greedy rows (0) and 1 are left alone."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._temperature = np.ones(max_rows, np.float32)
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep the temperature, 1 for a greedy request."""
+        self._temperature[row] = request.sampling.temperature or 1.0
+
+    def remove(self, row: int) -> None:
+        """Back to 1."""
+        self._temperature[row] = 1.0
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows with another temperature than 1."""
+        changed: NDArray[np.bool_] = self._temperature[batch.rows] != 1.0
+        return changed
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Divide."""
+        logits /= torch.from_numpy(self._temperature[batch.rows]).to(logits.device)[:, None]
+
+
+class Truncation:
+    """Top-k, then top-p (Holtzman et al. 2020) over what is left, then min-p (Nguyen et al. 2024).
+
+    All three keep the tokens above a threshold, so one partial sort gives the highest of the three
+    and equal logits stay or go together. Greedy requests are not truncated.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._top_k = np.zeros(max_rows, np.int64)
+        self._top_p = np.ones(max_rows, np.float64)
+        self._min_p = np.zeros(max_rows, np.float64)
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep the three numbers."""
+        sampling = request.sampling
+        if sampling.greedy:
+            self.remove(row)
+            return
+        self._top_k[row] = sampling.top_k
+        self._top_p[row] = sampling.top_p
+        self._min_p[row] = sampling.min_p
+
+    def remove(self, row: int) -> None:
+        """Back to neutral."""
+        self._top_k[row] = 0
+        self._top_p[row] = 1.0
+        self._min_p[row] = 0.0
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows with any of the three."""
+        return (
+            (self._top_k[batch.rows] > 0)
+            | (self._top_p[batch.rows] < 1.0)
+            | (self._min_p[batch.rows] > 0.0)
+        )
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Set everything below each row's threshold to minus infinity."""
+        min_p = torch.from_numpy(self._min_p[batch.rows]).to(logits.device)
+        # log(0) is minus infinity: no threshold.
+        threshold = logits.amax(-1) + min_p.log().to(logits.dtype)
+        top_k, top_p = self._top_k[batch.rows], self._top_p[batch.rows]
+        index = np.flatnonzero((top_k > 0) | (top_p < 1.0))
+        if len(index):
+            rows = torch.from_numpy(index).to(logits.device)
+            part = logits if len(index) == len(batch) else logits[rows]
+            ranked = _rank_threshold(part, top_k[index], top_p[index])
+            threshold[rows] = torch.maximum(threshold[rows], ranked)
+        logits.masked_fill_(logits < threshold[:, None], NEG_INF)
+
+
+class Typical:
+    """Locally typical sampling (Meister et al. 2023): keeps tokens of near-average surprise."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._mass = np.ones(max_rows, np.float64)
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep the mass; greedy requests have none."""
+        self._mass[row] = 1.0 if request.sampling.greedy else request.sampling.typical_p
+
+    def remove(self, row: int) -> None:
+        """Back to everything."""
+        self._mass[row] = 1.0
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows that keep less than the whole mass."""
+        truncated: NDArray[np.bool_] = self._mass[batch.rows] < 1.0
+        return truncated
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Keep the smallest set nearest to the entropy that reaches the mass."""
+        logprobs = torch.log_softmax(logits, -1)
+        probs = logprobs.exp()
+        surprise = torch.nan_to_num(probs * logprobs, nan=0.0)  # 0 * -inf of removed tokens
+        entropy = -torch.cumsum(surprise, -1, dtype=torch.float64)[:, -1:].to(logits.dtype)
+        distance = (-logprobs - entropy).abs()
+        ordered, order = torch.sort(distance, dim=-1, stable=True)
+        cumulative = torch.cumsum(probs.gather(1, order), -1, dtype=torch.float64)
+        mass = torch.from_numpy(self._mass[batch.rows]).to(logits.device)[:, None]
+        last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=logits.shape[-1] - 1)
+        logits.masked_fill_(distance > ordered.gather(1, last), NEG_INF)
+
+
+def default_stages(max_rows: int) -> tuple[LogitsStage, ...]:
+    """All stages in the order in which they apply.
+
+    Masks, bias and penalties on raw logits, then temperature, top-k, top-p, min-p, typical: the
+    order of TGI's and transformers' warpers (vLLM has min-p before top-k).
+    """
+    return (
+        TokenMask(max_rows),
+        LogitBias(max_rows),
+        Penalties(max_rows),
+        Temperature(max_rows),
+        Truncation(max_rows),
+        Typical(max_rows),
+    )
+
+
+def apply_stages(stages: Sequence[LogitsStage], logits: Tensor, batch: LogitRows) -> bool:
+    """Run every stage on those rows of `logits` that use it; tell whether any did."""
+    changed = False
+    for stage in stages:
+        active = stage.active(batch)
+        if not active.any():
+            continue
+        changed = True
+        if active.all():
+            stage.apply(logits, batch)
+        else:
+            index = np.flatnonzero(active)
+            rows = torch.from_numpy(index).to(logits.device)
+            part = logits[rows]
+            stage.apply(part, batch.select(index))
+            logits[rows] = part
+    return changed
+
+
+def _rank_threshold(logits: Tensor, top_k: IntArray, top_p: NDArray[np.float64]) -> Tensor:
+    """Smallest logit of each row that top-k followed by top-p keeps, [n].
+
+    How wide the partial sort is depends on all rows, so nothing may depend on the width.
+    """
+    vocab_size = logits.shape[-1]
+    k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
+    limited = k < vocab_size
+    width = int(k[limited].max(initial=1))
+    last = torch.from_numpy(k - 1).to(logits.device)[:, None]
+    if not (top_p < 1.0).any():
+        values = torch.topk(logits, width, dim=-1).values
+        threshold = values.gather(1, last.clamp(max=width - 1))[:, 0]
+        return threshold.masked_fill_(torch.from_numpy(~limited).to(logits.device), NEG_INF)
+    mass = torch.from_numpy(top_p).to(logits.device)[:, None]
+    logprobs = torch.log_softmax(logits, -1)
+    width = max(width, NUCLEUS_WIDTH)
+    while True:
+        width = min(width, vocab_size)
+        values, ids = torch.topk(logits, width, dim=-1)
+        probs = logprobs.gather(1, ids).exp()
+        cumulative = torch.cumsum(probs, -1, dtype=torch.float64)
+        inside = (cumulative[:, -1:] >= mass) | (last < width) | (mass >= 1.0)
+        if width == vocab_size or bool(inside.all()):
+            break
+        width *= 8
+    # Top-p of what top-k left: its mass is the new whole.
+    kept_by_k = cumulative.gather(1, last.clamp(max=width - 1))
+    whole = torch.where(last < vocab_size - 1, kept_by_k, 1.0)
+    kept = (cumulative - probs < mass * whole).sum(-1, keepdim=True)
+    kept = torch.where(mass < 1.0, torch.minimum(kept, last + 1), last + 1).clamp_(min=1)
+    threshold = values.gather(1, (kept - 1).clamp_(max=width - 1))
+    return threshold.masked_fill_(kept == vocab_size, NEG_INF)[:, 0]
