@@ -8,7 +8,7 @@ change the model's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,13 @@ from tgi_cli.gguf_metadata import GGUFMetadata
 from tgi_cli.model.gguf_source import GgufSource
 
 # Say nothing about the computation, or what a tensor's shape says better.
-SILENT_KEYS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count")
+SILENT_KEYS = (
+    "vocab_size",
+    "tensor_data_layout",
+    "expert_used_count",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",  # read where a scaling uses it
+)
 # Tokens that end a turn in the chat formats of these families. Files often name only one end
 # token in their metadata; llama.cpp stops at all of these, whatever the metadata says.
 END_TOKENS = frozenset(
@@ -189,10 +195,10 @@ def _gemma3(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str
     pattern = keys.get("attention.sliding_window_pattern") or GEMMA3_PATTERN
     if isinstance(pattern, int):
         pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
-    if len(pattern) < layers:
+    if not isinstance(pattern, list) or len(pattern) < layers:
         raise CheckpointError(
-            f"`gemma3.attention.sliding_window_pattern` of `{keys.name}` covers {len(pattern)} of "
-            f"{layers} layers"
+            f"`gemma3.attention.sliding_window_pattern` of `{keys.name}` is {pattern!r}, which "
+            f"does not cover {layers} layers"
         )
     scalar = head_dim
     if layers == GEMMA3_27B_LAYERS:  # the one size whose scale is not that of its heads
@@ -214,7 +220,7 @@ def _gemma3(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str
     }
 
 
-FAMILIES: dict[str, Callable[[GgufSource, _Keys, dict[str, Any]], dict[str, Any]]] = {
+FAMILIES: Mapping[str, Callable[[GgufSource, _Keys, dict[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
@@ -243,23 +249,26 @@ def _rope_scaling(
     source: GgufSource, keys: _Keys, theta: float, head_dim: int, context: int
 ) -> dict[str, Any] | None:
     """Rope scaling in `config.json`'s words, or None."""
-    kind = keys.get("rope.scaling.type")
-    # `scale_linear` is what files of 2023 call the factor; both are linear unless a type is named.
-    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear")
+    # `scale_linear` is what files of 2023 call the factor; zero stands for none.
+    stated = [key for key in ("rope.scaling.factor", "rope.scale_linear") if keys.get(key)]
+    factor = keys.number(stated[0]) if stated else 1.0
+    kind = keys.get("rope.scaling.type") or "linear"
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear", "yarn") or (kind != "yarn" and attention != 1.0):
+        raise UnsupportedModel(
+            f"`{keys.name}` uses rope scaling `{kind}` (attention factor {attention}); from GGUF, "
+            "`linear`, `yarn` and Llama 3's factors are supported"
+        )
+    if kind == "none":
+        factor = 1.0
     if source.rope_freqs is not None:
-        if kind not in (None, "none", "linear") or (factor or 1.0) != 1.0:
+        if factor != 1.0:
             raise UnsupportedModel(f"`{keys.name}` has both `{kind}` rope scaling and rope factors")
         return _llama3_scaling(source.rope_freqs, keys, theta, head_dim)
-    if kind == "none" or not factor:
+    if factor == 1.0:
         return None
-    factor = float(str(np.float32(factor)))
-    if kind in (None, "linear"):
-        return {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
-    if kind != "yarn":
-        raise UnsupportedModel(
-            f"`{keys.name}` uses rope scaling `{kind}`; from GGUF, linear, yarn and Llama 3's "
-            "factors are supported"
-        )
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
     scaling = {
         "rope_type": "yarn",
         "factor": factor,
@@ -269,7 +278,6 @@ def _rope_scaling(
         "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
     }
-    attention = keys.number("rope.scaling.attn_factor", 1.0)
     if attention != 1.0:  # llama.cpp multiplies yarn's own factor, config.json replaces it
         scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return scaling
@@ -284,8 +292,8 @@ def _llama3_scaling(
     between. The table alone is in the file; the parameters that reproduce it are searched, and a
     table that none reproduces is refused.
     """
-    factor = float(str(np.float32(stored.max().item())))
-    if torch.equal(stored, torch.ones_like(stored)):
+    factor = round(stored.max().item(), 3)
+    if factor == 1.0:
         return None
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     named = keys.get("rope.scaling.original_context_length")

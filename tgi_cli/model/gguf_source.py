@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -57,23 +56,21 @@ class GgufArchitecture:
     norm_offset: float = 0.0  # added to every norm weight
 
 
-ARCHITECTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
-    {
-        "llama": GgufArchitecture(BLOCK_NAMES, rotary_pairs=True),
-        "qwen2": GgufArchitecture(BLOCK_NAMES),
-        "qwen3": GgufArchitecture(BLOCK_NAMES | HEAD_NORMS),
-        "gemma3": GgufArchitecture(
-            BLOCK_NAMES
-            | HEAD_NORMS
-            | {
-                "post_attention_norm": "post_attention_layernorm",
-                "ffn_norm": "pre_feedforward_layernorm",
-                "post_ffw_norm": "post_feedforward_layernorm",
-            },
-            norm_offset=1.0,
-        ),
-    }
-)
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture(BLOCK_NAMES, rotary_pairs=True),
+    "qwen2": GgufArchitecture(BLOCK_NAMES),
+    "qwen3": GgufArchitecture(BLOCK_NAMES | HEAD_NORMS),
+    "gemma3": GgufArchitecture(
+        BLOCK_NAMES
+        | HEAD_NORMS
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+    ),
+}
 
 
 class _Part:
@@ -92,7 +89,7 @@ class _Part:
                     f"read; it reads {', '.join(BLOCK_TYPES)}",
                     hint="use another quantization of the model, for example Q4_K_M or Q8_0",
                 )
-            if not entry.num_bytes:
+            if not entry.num_bytes or not entry.shape:
                 raise CheckpointError(
                     f"tensor `{entry.name}` of `{path}` is empty", hint=DOWNLOAD_AGAIN
                 )
