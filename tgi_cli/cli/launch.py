@@ -68,6 +68,8 @@ def command(ctx: typer.Context, **given: Any) -> None:
 def _serve(config: LaunchConfig, talk: _Talk) -> int:
     from tgi_cli.serve.supervisor import Supervisor
 
+    # Until the supervisor listens to signals itself, an early SIGTERM must still clean up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     supervisor = Supervisor(
         config.engine, config.server, on_listening=talk.listening, on_ready=talk.ready
     )
@@ -87,15 +89,15 @@ class _Talk:
     def listening(self, host: str, port: int) -> None:
         """Say where the port is open, and to whom."""
         url = server_url(host, port)
+        if host.startswith(_LOOPBACK):
+            self._say(f"listening on {url}, for this machine only (--hostname 0.0.0.0 for others)")
+        else:
+            self._say(f"listening on {host} port {port}, for every machine that reaches it")
+            if self._server.api_key is None:
+                self.warn("no --api-key is set: whoever reaches the port may use the server")
         if self._server.port == 0:
             self._printer.data(url)
             sys.stdout.flush()
-        if host.startswith(_LOOPBACK):
-            self._say(f"listening on {url}, for this machine only (--hostname 0.0.0.0 for others)")
-            return
-        self._say(f"listening on {host} port {port}, for every machine that reaches it")
-        if self._server.api_key is None:
-            self.warn("no --api-key is set: whoever reaches the port may use the server")
 
     def ready(self, facts: ModelFacts) -> None:
         """Say what is being served and within which limits."""
