@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -39,7 +39,7 @@ class TextEvent(msgspec.Struct, gc=False):
 class Answer:
     """Runs one `Request` and remembers what came of it.
 
-    `finish` and the times (seconds) are complete once `events` has been read to its end.
+    `continues`: the text goes on where the prompt's ends (a chat's answer stands alone). `finish` and the times (seconds) are complete once `events` has been read to its end.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Answer:
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
+        continues: bool,
         include_stop: bool,
     ) -> None:
         self.request = request
@@ -64,6 +65,7 @@ class Answer:
         self._client = client
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._continues = continues
         self._include_stop = include_stop
 
     @property
@@ -78,7 +80,7 @@ class Answer:
             return float("-inf")
         return sum(entry.logprob for entry in self.logprobs) / len(self.logprobs)
 
-    async def events(self) -> AsyncIterator[TextEvent]:
+    async def events(self) -> AsyncGenerator[TextEvent, None]:
         """Yield one event a step. Closing the iterator early aborts the request in the engine.
 
         Raises `GenerationFailed` if the engine gives up on it, `EngineUnavailable` if it dies.
@@ -86,7 +88,7 @@ class Answer:
         sampling = self.request.sampling
         detokenizer = Detokenizer(
             self._tokenizer,
-            self.request.prompt_ids,
+            self.request.prompt_ids if self._continues else (),
             stop=sampling.stop,
             include_stop=self._include_stop,
         )
@@ -108,14 +110,16 @@ class Answer:
                     else:
                         self._metrics.next_tokens(len(ids), now - last)
                     last = now
-                self.output_ids += ids
-                if delta.logprobs:
-                    self.logprobs += delta.logprobs
                 read = detokenizer.push(ids)
-                text = read.text
-                finish = "stop_string" if read.stopped else delta.finish
-                if finish is not None and not read.stopped:
+                text, finish = read.text, delta.finish
+                if finish is not None:
                     text += detokenizer.finish()
+                if detokenizer.stopped is not None:
+                    finish = "stop_string"
+                ids = ids[: len(read.token_texts)]  # what follows a stop string does not count
+                logprobs = delta.logprobs[: len(ids)] if delta.logprobs else None
+                self.output_ids += ids
+                self.logprobs += logprobs or []
                 pieces.append(text)
                 self.token_texts += read.token_texts
                 if finish is not None:
@@ -129,9 +133,10 @@ class Answer:
                         queue_time=self.queue_time,
                         total_time=self.total_time,
                     )
-                yield TextEvent(text, ids, read.token_texts, delta.logprobs, finish)
+                yield TextEvent(text, ids, read.token_texts, logprobs, finish)
                 if finish is not None:
                     return
+        raise GenerationFailed("the engine's answer ended before its end")
 
     async def complete(self) -> None:
         """Run to the end without looking at the events."""
@@ -153,7 +158,7 @@ async def complete_all(answers: Sequence[Answer]) -> None:
         raise failures.exceptions[0] from None
 
 
-async def merge(answers: Sequence[Answer]) -> AsyncIterator[list[tuple[int, TextEvent]]]:
+async def merge(answers: Sequence[Answer]) -> AsyncGenerator[list[tuple[int, TextEvent]], None]:
     """Yield (index, event) pairs of several answers, all that are there at once in one list."""
     if len(answers) == 1:
         async with aclosing(answers[0].events()) as events:

@@ -11,6 +11,7 @@ import hmac
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from tgi_cli.errors import Unauthorized
 from tgi_cli.serve.exchange import TENANT
@@ -33,7 +34,7 @@ def is_open(request: web.Request) -> bool:
     )
 
 
-def api_key(key: str | None) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def api_key(key: str | None) -> Middleware:
     """Middleware that demands `Authorization: Bearer <key>` (or lets everyone in without one)."""
     expected = None if key is None else _digest(key)
 

@@ -20,7 +20,7 @@ from tgi_cli.chat_template import ChatTemplate
 from tgi_cli.config import ServerConfig
 from tgi_cli.engine.client import EngineClient
 from tgi_cli.engine.messages import ModelFacts, Request
-from tgi_cli.errors import EngineUnavailable, InvalidRequest, TemplateFailed
+from tgi_cli.errors import EngineUnavailable, InvalidRequest
 from tgi_cli.sampling import SamplingParams, child_seed
 from tgi_cli.serve.answer import Answer
 from tgi_cli.serve.limits import Admission, Limits
@@ -29,20 +29,26 @@ from tgi_cli.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
+_RENDER_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+
 
 class Texts(msgspec.Struct, frozen=True):
-    """What turns text into tokens for the loaded model; `template` None when it has none."""
+    """What turns text into tokens for the loaded model."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate
 
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
-    """A tokenized prompt. `field` is what the API calls it, for messages about it."""
+    """A tokenized prompt. `field` is what the API calls it, for messages about it.
+
+    `continues`: the answer goes on in the middle of its text, as it does not in a chat's new turn.
+    """
 
     ids: list[int]
     text: str
     field: str
+    continues: bool = True
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +157,7 @@ class FrontDoor:
             raise InvalidRequest(f"`{field}` cannot be empty", param=field)
         started = time.perf_counter()
         tokenizer = self.texts.tokenizer
-        ids = await self.in_pool(lambda: tokenizer.encode(text))
+        ids = await self.in_pool(lambda: tokenizer.encode(text, add_special_tokens=True))
         self.metrics.validated(time.perf_counter() - started)
         return self._prompt(ids if truncate is None else ids[-truncate:], text, field)
 
@@ -164,7 +170,7 @@ class FrontDoor:
                     f"`{field}` token ids must be >= 0 and < {vocab_size}. Given: {token}",
                     param=field,
                 )
-        return self._prompt(list(ids), self.texts.tokenizer.decode(ids), field)
+        return self._prompt(list(ids), self.texts.tokenizer.decode(ids, False), field)
 
     async def render(
         self,
@@ -176,15 +182,15 @@ class FrontDoor:
     ) -> Prompt:
         """Lay messages out with the chat template and tokenize the result as it stands."""
         texts = self.texts
-        template = texts.template
-        if template is None:
-            raise TemplateFailed(
-                "template not found: this model has no chat template",
-                hint="use /v1/completions, or start with --chat-template FILE",
-            )
+        for name in template_kwargs:
+            if name in _RENDER_ARGUMENTS:
+                raise InvalidRequest(
+                    f"`chat_template_kwargs` must not hold `{name}`: it is a field of the request",
+                    param="chat_template_kwargs",
+                )
 
         def work() -> tuple[str, list[int]]:
-            text = template.render(
+            text = texts.template.render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -195,12 +201,12 @@ class FrontDoor:
         started = time.perf_counter()
         text, ids = await self.in_pool(work)
         self.metrics.validated(time.perf_counter() - started)
-        return self._prompt(ids, text, "messages")
+        return self._prompt(ids, text, "messages", continues=continue_final_message)
 
-    def _prompt(self, ids: list[int], text: str, field: str) -> Prompt:
+    def _prompt(self, ids: list[int], text: str, field: str, *, continues: bool = True) -> Prompt:
         if not ids:
             raise InvalidRequest(f"`{field}` has no tokens", param=field)
-        return Prompt(ids, text, field)
+        return Prompt(ids, text, field, continues)
 
     def max_tokens(self, prompt: Prompt, asked: int | None, tokens_field: str) -> int:
         """New tokens this prompt may have; see `Limits.max_tokens`."""
@@ -240,6 +246,7 @@ class FrontDoor:
                 self.client,
                 texts.tokenizer,
                 self.metrics,
+                continues=prompt.continues,
                 include_stop=include_stop,
             )
             for i in range(count)

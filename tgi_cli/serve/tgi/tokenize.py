@@ -36,10 +36,10 @@ async def chat_tokenize(request: web.Request) -> web.Response:
 
 async def _tokens(door: FrontDoor, text: str, *, add_special_tokens: bool) -> list[dict[str, Any]]:
     tokenizer = door.texts.tokenizer
-    encoded = await door.in_pool(
+    ids, offsets = await door.in_pool(
         lambda: tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
     )
     return [
         {"id": token, "text": text[start:stop], "start": start, "stop": stop}
-        for token, (start, stop) in encoded
+        for token, (start, stop) in zip(ids, offsets, strict=True)
     ]

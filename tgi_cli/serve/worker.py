@@ -1,0 +1,173 @@
+"""An HTTP worker process: `python -m tgi_cli.serve.worker --control-fd N --listen-fd M`.
+
+Serves the application on the socket it inherits, follows what the supervisor says of the engine,
+and ends when it has drained or the control channel closes. Torch is never imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import socket
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+import prometheus_client
+import uvloop
+from aiohttp import web
+
+from tgi_cli import log as logs
+from tgi_cli.chat_template import ChatTemplate
+from tgi_cli.config import ServerConfig
+from tgi_cli.engine.control import frame, receive_frames
+from tgi_cli.engine.messages import (
+    Draining,
+    Failed,
+    Heartbeat,
+    ModelFacts,
+    Ready,
+    Restarting,
+    Starting,
+    Status,
+    WorkerStart,
+)
+from tgi_cli.engine.process_client import ProcessClient
+from tgi_cli.errors import TemplateFailed, TgiError
+from tgi_cli.serve.app import build_app
+from tgi_cli.serve.frontdoor import Texts
+from tgi_cli.serve.keys import DOOR, METRICS, PULSE
+from tgi_cli.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+#: Seconds in which connections that were already on their way still get an answer.
+_LAST_CALL = 0.1
+#: Seconds that broken streams have for their error event.
+_FAREWELL = 2.0
+
+_decode = msgspec.msgpack.Decoder(Status).decode
+
+
+class Worker:
+    """One HTTP worker: the application, its client to the engine, and the supervisor's word."""
+
+    def __init__(self, start: WorkerStart, listener: socket.socket) -> None:
+        self._start = start
+        self._listener = listener
+        self._client = ProcessClient()
+        self._app = build_app(
+            start.config, self._client, model_id=start.engine.model.model_id, worker=start.index
+        )
+        self._background: set[asyncio.Task[None]] = set()
+        self._finished = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve until drained or the supervisor is gone."""
+        runner = web.AppRunner(
+            self._app, handler_cancellation=True, access_log=None, shutdown_timeout=_FAREWELL
+        )
+        await runner.setup()
+        self._site = web.SockSite(runner, self._listener)
+        await self._site.start()
+        listening = asyncio.create_task(self._follow(reader, writer))
+        finished = asyncio.create_task(self._finished.wait())
+        await asyncio.wait([listening, finished], return_when=asyncio.FIRST_COMPLETED)
+        if listening.done():
+            listening.result()
+        listening.cancel()
+        finished.cancel()
+        await self._client.close()
+        await runner.cleanup()
+
+    async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (data := await receive_frames(reader)) is not None:
+            status = _decode(data)
+            if isinstance(status, Heartbeat):
+                self._app[PULSE].beat(status)
+            elif isinstance(status, Ready):
+                self._client.connect(status)
+                self._app[PULSE].reset()
+                self._spawn(self._open(status, writer))
+            elif isinstance(status, Restarting):
+                self._app[METRICS].engine_restarts += 1
+                self._client.disconnect(f"restarting: {status.reason}")
+            elif isinstance(status, Starting):
+                self._client.starting(status)
+            elif isinstance(status, Draining):
+                self._spawn(self._drain(status.timeout))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _open(self, ready: Ready, writer: asyncio.StreamWriter) -> None:
+        """Load tokenizer and template, let requests in, and tell the supervisor how it went."""
+        door = self._app[DOOR]
+        try:
+            texts = await door.in_pool(lambda: load_texts(ready.facts, self._start.config))
+            door.open(texts, ready.facts)
+        except TgiError as error:
+            failed = Failed(error=type(error).__name__, message=error.message, hint=error.hint)
+            writer.write(frame(failed))
+            return
+        gc.collect()
+        gc.freeze()  # the vocabulary lives as long as the process: no need to walk it again
+        writer.write(frame(ready))
+
+    async def _drain(self, timeout: float) -> None:
+        """Refuse new requests, finish the accepted ones, then let `serve` end."""
+        self._app[DOOR].draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        await asyncio.sleep(_LAST_CALL)
+        await self._site.stop()
+        self._listener.close()
+        while self._app[METRICS].in_flight and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        self._finished.set()
+
+
+def load_texts(facts: ModelFacts, config: ServerConfig) -> Texts:
+    """Load what turns text into tokens from where the engine found the weights."""
+    tokenizer = load_tokenizer(
+        facts.model_path,
+        tokenizer_config_path=config.tokenizer_config_path,
+        chat_template=config.chat_template,
+    )
+    try:
+        template = ChatTemplate.of(tokenizer)
+    except TemplateFailed as error:
+        if config.chat_template or config.tokenizer_config_path:
+            raise
+        # The other routes need none: a checkpoint with a broken template is still of use.
+        log.warning("chats will be refused: %s", error.message)
+        template = ChatTemplate(None, bos_token=None, eos_token=None)
+    return Texts(tokenizer, template)
+
+
+async def _run(control_fd: int, listen_fd: int) -> None:
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control_fd))
+    data = await receive_frames(reader)
+    if data is None:
+        return
+    start = msgspec.msgpack.decode(data, type=WorkerStart)
+    logs.configure(start.config.log_level, json_logs=start.config.json_logs)
+    await Worker(start, socket.socket(fileno=listen_fd)).serve(reader, writer)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one HTTP worker on inherited descriptors."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    options = parser.parse_args(arguments)
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+    uvloop.run(_run(options.control_fd, options.listen_fd))
+
+
+if __name__ == "__main__":
+    main()
