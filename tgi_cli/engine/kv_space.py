@@ -100,11 +100,10 @@ class KVSpace:
         running = list(running)
         for group, table in enumerate(sequence.tables):
             held = [block_id for block_id in hits[group] if block_id != NULL_BLOCK]
-            revived = sum(table.pool.is_free(block_id) for block_id in held)
             wanted = table.layout.peak_blocks(total, chunk, self._block_size)
-            if table.layout.window is None:
-                wanted -= len(held)
-            if table.pool.num_free - revived < wanted + self._promised(group, running):
+            if table.layout.window is None:  # those that others hold already cost nothing
+                wanted -= sum(not table.pool.is_free(block_id) for block_id in held)
+            if table.pool.num_free < wanted + self._promised(group, running):
                 return None
         for table, block_ids in zip(sequence.tables, hits, strict=True):
             table.adopt(block_ids)
