@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('no role ' + message.role) }}"
     "{% endif %}"
     "[{{ message.role }}]{{ message.content }}"
-    "{% if not loop.last or add_generation_prompt %}\n{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"
     "{% if shout is defined %}!{% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

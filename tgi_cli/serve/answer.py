@@ -39,7 +39,8 @@ class TextEvent(msgspec.Struct, gc=False):
 class Answer:
     """Runs one `Request` and remembers what came of it.
 
-    `continues`: the text goes on where the prompt's ends (a chat's answer stands alone). `finish` and the times (seconds) are complete once `events` has been read to its end.
+    `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `finish`
+    and the times (seconds) are complete once `events` has been read to its end.
     """
 
     def __init__(
