@@ -54,9 +54,11 @@ def command(ctx: typer.Context, **given: Any) -> None:
         printer.json(config.shown())
     elif own["dry_run"]:
         from tgi_cli.cli.memory_report import report_plan
+        from tgi_cli.engine.memory_plan import plan_for
 
-        if not report_plan(printer, config.engine, as_json=own["json"]):
-            raise typer.Exit(1)
+        plan = plan_for(config.engine)
+        report_plan(printer, plan, as_json=own["json"])
+        plan.check()
     else:
         if own["stop_with_stdin"]:
             threading.Thread(target=_stop_with_stdin, daemon=True).start()
