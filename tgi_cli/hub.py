@@ -111,7 +111,7 @@ def download(
         path = demo_model.fetch(demo_model.DEMO_MODEL, listener=listener, offline=offline)
         return Download(model_id, path, path.parent, (path.name,))
     local = Path(model_id).expanduser()
-    if local.exists():
+    if model_id and local.exists():
         return _local(model_id, local, listener)
     if _looks_like_path(model_id):
         raise ModelMissing(
@@ -120,7 +120,7 @@ def download(
         )
     repo, _, quant = model_id.partition(":")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    choose = partial(select, model_id, quant=quant or None, include=include, exclude=exclude)
+    choose = partial(select, repo, quant=quant or None, include=include, exclude=exclude)
     source = _Repository(model_id, repo, revision, token, cache, choose, listener)
     with hub_faults.explained(repo, revision=revision, token=token, folder=cache):
         return source.cached() if offline else source.fetched()

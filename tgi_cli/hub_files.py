@@ -70,7 +70,8 @@ def select(
     Raises:
         ModelMissing: nothing matches, there are no weights, or the GGUF choice is not unique.
     """
-    kept = [file for file in files if not _matches(file.name, exclude)]
+    ordered = sorted(files, key=lambda file: file.name)
+    kept = [file for file in ordered if not _matches(file.name, exclude)]
     if include:
         chosen = tuple(file for file in kept if _matches(file.name, include))
         if not chosen:
@@ -146,7 +147,7 @@ def _is_model_gguf(name: str) -> bool:
 def _gguf(model_id: str, files: Sequence[RepoFile], quant: str | None) -> Selection:
     """Choose the one GGUF model, whole or split, that `quant` names (None: the only one)."""
     sets: dict[str, list[RepoFile]] = {}
-    for file in sorted(files, key=lambda file: file.name):
+    for file in files:
         if _is_model_gguf(file.name):
             sets.setdefault(_SPLIT.sub("", file.name[: -len(".gguf")]), []).append(file)
     if not sets:

@@ -29,7 +29,7 @@ class Printer:
         """The Rich console on stderr, made on first use."""
         from rich.console import Console
 
-        return Console(stderr=True, highlight=False, soft_wrap=True)
+        return Console(stderr=True, highlight=False)
 
     @property
     def animated(self) -> bool:
@@ -47,12 +47,12 @@ class Printer:
     def say(self, text: str, *, style: str | None = None) -> None:
         """Tell the user what is going on (stderr); silent with `--quiet`."""
         if not self.quiet:
-            self.console.print(text, style=style, markup=False)
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def detail(self, text: str) -> None:
         """Tell what only `--verbose` users want to know (stderr)."""
         if self.verbose and not self.quiet:
-            self.console.print(text, style="dim", markup=False)
+            self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Tell what the user must know even with `--quiet` (stderr)."""
@@ -67,7 +67,7 @@ class Printer:
 
     def _labelled(self, label: str, style: str, text: str) -> None:
         self.console.print(f"{label}:", style=style, end=" ")
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
 @dataclass(slots=True)
