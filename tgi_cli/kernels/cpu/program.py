@@ -132,8 +132,8 @@ class NativeStep:
         out.down = self._pack(mlp.down)
         out.down_bias = self._floats(getattr(mlp.down, "bias", None))
         if spec.qk_norm is not None:
-            out.q_norm = self._floats(attention.q_norm.weight)
-            out.k_norm = self._floats(attention.k_norm.weight)
+            out.q_norm = self._floats(attention.heads.q_norm.weight)
+            out.k_norm = self._floats(attention.heads.k_norm.weight)
             out.qk_eps = spec.qk_norm.eps
         out.cos_sin = pointer(table)
         out.heads, out.kv_heads, out.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
