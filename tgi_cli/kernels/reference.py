@@ -219,16 +219,13 @@ def _decode(
     keys, values = (  # [S, K, slots, D]: one pass converts and transposes
         torch.empty(part.shape, device=q.device).copy_(part) for part in (keys, values)
     )
-    # Masked keys get no weight, but 0 * NaN is NaN: a stale slot must not reach the sum.
+    # Masked scores are overwritten, but a weight of 0 times NaN is NaN: stale values go.
     values[:, :, common:].masked_fill_(~visible[:, None, common:, None], 0.0)
-    grouped = q.view(num_seqs, num_kv_heads, -1, head_dim).float()
-    mask = visible[:, None, None, :]
-    if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
-    else:
-        scores = (grouped * scale) @ keys.transpose(-1, -2)  # [S, K, H/K, slots]
-        weights = _softmax(scores.unsqueeze(3), mask.unsqueeze(3), softcap, sinks)
-        out = weights.squeeze(3) @ values
+    grouped = q.view(num_seqs, num_kv_heads, -1, head_dim).float() * scale
+    scores = grouped @ keys.transpose(-1, -2)  # [S, K, H/K, slots]
+    mask = visible[:, None, None, None, :]
+    weights = _softmax(scores.unsqueeze(3), mask, softcap, sinks).squeeze(3)
+    out = weights @ values
     return out.reshape(num_seqs, num_heads, head_dim).to(q.dtype)
 
 

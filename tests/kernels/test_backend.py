@@ -1,0 +1,80 @@
+"""Choosing a backend, its facts, and memory limits of control groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tgi_cli.errors import UsageError
+from tgi_cli.kernels import reference
+from tgi_cli.kernels.backend import OP_NAMES, Backend, cgroup_headroom, merge, select
+
+
+def test_reference_has_every_operation() -> None:
+    assert set(OP_NAMES) == set(reference.__all__)
+
+
+def test_later_tables_override_and_gaps_are_refused() -> None:
+    marker = object()
+    ops = merge(vars(reference), {"silu_mul": marker, "unrelated": 1})
+    assert ops.silu_mul is marker
+    assert ops.rms_norm is reference.rms_norm
+    assert not hasattr(ops, "unrelated")
+    with pytest.raises(ValueError, match="rms_norm"):
+        merge({"silu_mul": marker})
+
+
+def test_cpu_backend_tells_the_truth(backend: Backend) -> None:
+    assert backend.device.type == "cpu"
+    assert not backend.deterministic
+    assert backend.num_threads == torch.get_num_threads() == 1
+    assert backend.plan(object()) is None
+    assert 0 < backend.free_memory() <= psutil.virtual_memory().available * 1.1
+
+
+def test_kv_of_a_layer(backend: Backend) -> None:
+    k_cache, v_cache = backend.allocate_kv(3, 4, 2, 8, torch.bfloat16)
+    assert k_cache.shape == v_cache.shape == (3, 4, 2, 8)
+    assert k_cache.dtype == v_cache.dtype == torch.bfloat16
+    assert k_cache.data_ptr() != v_cache.data_ptr()
+    assert not k_cache.any()
+
+
+def test_unknown_device_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown device `tpu`"):
+        select("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UsageError, match="device `cuda` is not available") as raised:
+        select("cuda")
+    assert raised.value.hint
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    second = {
+        "memory.max": "1000\n",
+        "memory.current": "700\n",
+        "memory.stat": "anon 500\ninactive_file 150\n",
+    }
+    first = {
+        "memory/memory.limit_in_bytes": "2000\n",
+        "memory/memory.usage_in_bytes": "2500\n",
+        "memory/memory.stat": "total_inactive_file 100\n",
+    }
+    assert cgroup_headroom(write(tmp_path / "v2", second)) == 450
+    assert cgroup_headroom(write(tmp_path / "v1", first)) == 0
+    unlimited = second | {"memory.max": "max\n"}
+    assert cgroup_headroom(write(tmp_path / "none", unlimited)) is None
+    assert cgroup_headroom(tmp_path / "absent") is None
