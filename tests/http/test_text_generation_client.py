@@ -1,0 +1,88 @@
+"""TGI's own Python client, `text-generation` 0.7.0, in a virtual environment of its own.
+
+It pins an old huggingface-hub, so it cannot live beside ours.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.http.live import LiveServer
+
+_SCRIPT = """
+import asyncio, sys
+from text_generation import AsyncClient, Client
+from text_generation.errors import ValidationError
+
+url = sys.argv[1]
+client = Client(url, timeout=60)
+reply = client.generate("The server", max_new_tokens=6, decoder_input_details=True)
+assert reply.details.generated_tokens <= 6, reply
+assert reply.details.prefill[0].logprob is None
+assert "".join(token.text for token in reply.details.prefill) == "The server"
+text = ""
+for event in client.generate_stream("The server", max_new_tokens=6):
+    if not event.token.special:
+        text += event.token.text
+assert event.generated_text == reply.generated_text == text, (event, reply, text)
+assert event.details.finish_reason == reply.details.finish_reason
+
+reply = client.generate("The server", max_new_tokens=4, best_of=2, do_sample=True)
+assert len(reply.details.best_of_sequences) == 1
+try:
+    client.generate("The server", max_new_tokens=10**6)
+except ValidationError as error:
+    assert "max_new_tokens" in str(error)
+else:
+    raise AssertionError("was not refused")
+
+chat = client.chat([{"role": "user", "content": "Hi"}], max_tokens=5, temperature=0.0)
+assert chat.choices[0].message.content is not None
+
+async def main():
+    reply = await AsyncClient(url, timeout=60).generate("The server", max_new_tokens=6)
+    assert reply.generated_text == text
+    parts = ""
+    stream = await AsyncClient(url, timeout=60).chat(
+        [{"role": "user", "content": "Hi"}], max_tokens=5, temperature=0.0, stream=True
+    )
+    async for chunk in stream:
+        parts += chunk.choices[0].delta.content or ""
+    assert parts == chat.choices[0].message.content, (parts, chat)
+
+asyncio.run(main())
+print("done")
+"""
+
+
+@pytest.fixture(scope="session")
+def old_python(pytestconfig: pytest.Config) -> Path:
+    """The interpreter of a virtual environment with the client, kept in pytest's cache."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("text-generation-0.7.0") / sys.version.split()[0]
+    python = folder / "bin" / "python"
+    done = folder / "installed"
+    if not done.exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "text-generation==0.7.0"], check=True)
+        done.touch()
+    return python
+
+
+@pytest.mark.contract
+def test_text_generation_client(
+    old_python: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(_SCRIPT)
+    with LiveServer(tiny_checkpoint("llama"), "--dtype", "float32") as server:
+        result = subprocess.run(
+            [old_python, script, server.url], capture_output=True, text=True, timeout=120
+        )
+    assert result.stdout == "done\n", result.stderr
