@@ -8,10 +8,9 @@ scores). Knows no weights and no chat; `tokenizer.py` wraps the result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models
 
 from tgi_cli.errors import CheckpointError, UnsupportedModel
 from tgi_cli.gguf_metadata import GGUFMetadata
@@ -22,6 +21,7 @@ from tgi_cli.sentencepiece_bpe import (
     build_sentencepiece_bpe,
     checked_vocab,
 )
+from tgi_cli.tokenizer_source import TokenizerSource, frame_with_special_tokens
 
 _KEY: Final = "tokenizer.ggml."
 #: Control tokens that end a turn whatever the file's keys say; many files name only one of them.
@@ -45,24 +45,7 @@ _END_OF_TURN: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class GGUFTokenizer:
-    """What a GGUF file says about text.
-
-    Attributes:
-        tokenizer: Encodes and decodes; adds BOS and EOS as the file asks.
-        special_ids: Ids by role: `bos`, `eos`, `unk`, `pad` where the file names them.
-        eos_token_ids: Every id that ends an answer, the file's own EOS first.
-        chat_templates: Jinja sources by name; the main one is `default`.
-    """
-
-    tokenizer: Tokenizer
-    special_ids: dict[str, int]
-    eos_token_ids: tuple[int, ...]
-    chat_templates: dict[str, str]
-
-
-def build_gguf_tokenizer(metadata: GGUFMetadata) -> GGUFTokenizer:
+def build_gguf_tokenizer(metadata: GGUFMetadata) -> TokenizerSource:
     """Build the tokenizer of a GGUF file.
 
     Raises:
@@ -100,23 +83,11 @@ def build_gguf_tokenizer(metadata: GGUFMetadata) -> GGUFTokenizer:
         special_ids.get("bos") if add_bos else None,
         special_ids.get("eos") if add_eos else None,
     )
-    return GGUFTokenizer(
+    return TokenizerSource(
         tokenizer,
         {role: special_ids[role] for role in ("bos", "eos", "unk", "pad") if role in special_ids},
         _eos_token_ids(special_ids, pieces, types),
         _chat_templates(metadata),
-    )
-
-
-def frame_with_special_tokens(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> None:
-    """Make `tokenizer` put `bos` before and `eos` after a text, each where it is not None."""
-    before = [] if bos is None else [str(tokenizer.id_to_token(bos))]
-    after = [] if eos is None else [str(tokenizer.id_to_token(eos))]
-    ids = {token: tokenizer.token_to_id(token) for token in (*before, *after)}
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, "$B:1"],
-        special_tokens=list(ids.items()),
     )
 
 

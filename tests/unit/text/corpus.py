@@ -16,7 +16,7 @@ CASES = (
     "e\u0301 a\u030a\u0323 \u0e01\u0e33 \u0915\u094d\u0937\u093f \u202eabc\u202c",
     "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u306e\u30c6\u30b9\u30c8 "
     "\ud55c\uad6d\uc5b4",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 ☃️ 𝔘𝔫𝔦 𓂀",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 ☃️ \U0001d518\U0001d52b\U0001d526 𓂀",
     "zero\u200bwidth\u200djoin\ufeffbom\u2060 nb\u00a0sp\u202fthin\u3000wide",
     "tab\there\r\nwindows\rmac\x0bvt\x0cff\x85nel\u2028ls\u2029ps",
     "\x00\x01\x02\x07\x1b[31mred\x7f\x9f",
