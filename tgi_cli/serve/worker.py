@@ -61,6 +61,7 @@ class Worker:
         self._app = build_app(
             start.config, self._client, model_id=start.engine.model.model_id, worker=start.index
         )
+        self._texts: Texts | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._finished = asyncio.Event()
 
@@ -108,14 +109,16 @@ class Worker:
         """Load tokenizer and template, let requests in, and tell the supervisor how it went."""
         door = self._app[DOOR]
         try:
-            texts = await door.in_pool(lambda: load_texts(ready.facts, self._start.config))
-            door.open(texts, ready.facts)
+            if self._texts is None:
+                config = self._start.config
+                self._texts = await door.in_pool(lambda: load_texts(ready.facts, config))
+                gc.collect()
+                gc.freeze()  # the vocabulary lives as long as the process: never walk it again
+            door.open(self._texts, ready.facts)
         except TgiError as error:
             failed = Failed(error=type(error).__name__, message=error.message, hint=error.hint)
             writer.write(frame(failed))
             return
-        gc.collect()
-        gc.freeze()  # the vocabulary lives as long as the process: no need to walk it again
         writer.write(frame(ready))
 
     async def _drain(self, timeout: float) -> None:

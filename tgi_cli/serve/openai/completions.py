@@ -222,8 +222,12 @@ class _CompletionReply:
         return step
 
     def prompt_texts(self, prompt: Prompt) -> list[str]:
-        """Per-token texts of the prompt, for the offsets."""
-        return [self._tokenizer.token_text(token) for token in prompt.ids]
+        """Per-token texts of the prompt, for the offsets: special tokens are not in its text."""
+        tokenizer = self._tokenizer
+        return [
+            "" if tokenizer.is_special(token) else tokenizer.token_text(token)
+            for token in prompt.ids
+        ]
 
 
 class _Pieces:
