@@ -5,12 +5,18 @@ Raw means before masks, bias, penalties, temperature and truncation. Knows no re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_cli.engine.messages import TokenLogprobs
+from tgi_cli.engine.messages import Request, TokenLogprobs
+from tgi_cli.engine.rows import TokenHistory
+from tgi_cli.engine.step import ScheduledRow
+
+#: Logits computed at once for prompt log probabilities, in elements.
+PROMPT_LOGITS = 2**23
 
 
 def token_logprobs(
@@ -62,3 +68,70 @@ def _top_ids(logits: Tensor, count: int) -> Tensor:
         # More equals at the edge than places: take those with the lowest ids.
         ids[row] = logits[row].argsort(descending=True, stable=True)[:count]
     return ids
+
+
+class PromptLogprobs:
+    """Row state of requests that want their prompt's log probabilities, chunk by chunk."""
+
+    def __init__(self, history: TokenHistory, max_rows: int) -> None:
+        self._history = history
+        self._num_top = np.full(max_rows, -1, np.int64)  # -1: none wanted
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Note how many alternatives are wanted."""
+        wanted = request.sampling.prompt_logprobs
+        self._num_top[row] = -1 if wanted is None else wanted
+
+    def remove(self, row: int) -> None:
+        """Nothing wanted."""
+        self._num_top[row] = -1
+
+    def of_step(
+        self,
+        scheduled: Sequence[ScheduledRow],
+        hidden: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+    ) -> dict[int, list[TokenLogprobs]]:
+        """What the prompt positions run in this step say of the tokens after them.
+
+        Args:
+            scheduled: the rows of the batch, in its order.
+            hidden: [num_tokens, hidden_size] of the batch.
+            logits_of: [n, hidden_size] -> [n, vocab_size] float32.
+
+        Returns:
+            By index in `scheduled`, one entry for each of the tokens at `start + 1 ..` that are
+            part of the prompt; empty where nobody asks.
+        """
+        if not (self._num_top >= 0).any():
+            return {}
+        result = {}
+        first = 0
+        for index, row in enumerate(scheduled):
+            num_top = int(self._num_top[row.row])
+            last_target = min(
+                row.start + row.num_tokens, int(self._history.num_prompt[row.row]) - 1
+            )
+            if num_top >= 0 and row.start < last_target:
+                targets = self._history.tokens[row.row, row.start + 1 : last_target + 1].tolist()
+                result[index] = self._describe(
+                    hidden[first : first + len(targets)], targets, num_top, logits_of
+                )
+            first += row.num_tokens
+        return result
+
+    def _describe(
+        self,
+        hidden: Tensor,
+        targets: list[int],
+        num_top: int,
+        logits_of: Callable[[Tensor], Tensor],
+    ) -> list[TokenLogprobs]:
+        """In pieces: the logits of a whole chunk over a large vocabulary take half a gigabyte."""
+        entries: list[TokenLogprobs] = []
+        size = max(1, PROMPT_LOGITS // self._history.vocab_size)
+        for start in range(0, len(targets), size):
+            piece = slice(start, start + size)
+            logits = logits_of(hidden[piece])
+            entries += token_logprobs(logits, targets[piece], [num_top] * len(logits))
+        return entries

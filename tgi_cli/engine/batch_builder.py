@@ -1,0 +1,118 @@
+"""From scheduled rows to the tensors of a step: block tables by row, gathered afresh each step.
+
+Everything per token is NumPy on whole arrays; Python loops run over rows only. Knows neither
+sampling nor the model beyond its number of KV groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tgi_cli.engine.rows import IntArray, LogitRows, TokenHistory
+from tgi_cli.engine.step import ScheduledRow
+from tgi_cli.model.batch import Batch, GroupTables
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltStep:
+    """A batch and what its logit rows are.
+
+    `sampled` are the indices of the sampled rows among the scheduled ones, `num_drafts` their
+    drafts; logit rows come in this order, 1 + k each.
+    """
+
+    batch: Batch
+    logit_rows: LogitRows
+    sampled: IntArray
+    num_drafts: IntArray
+
+
+class BatchBuilder:
+    """Keeps the block tables of all rows; [max_rows, max_blocks] int32 for each KV group."""
+
+    def __init__(
+        self,
+        history: TokenHistory,
+        num_groups: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        max_rows, capacity = history.tokens.shape
+        max_blocks = -(-capacity // block_size)
+        self._history = history
+        self._block_size = block_size
+        self._device = device
+        self._tables = [np.zeros((max_rows, max_blocks), np.int32) for _ in range(num_groups)]
+        self._num_blocks = np.zeros((num_groups, max_rows), np.int64)
+
+    def set_blocks(self, row: int, block_ids: Sequence[Sequence[int]]) -> None:
+        """Start the row's block tables, one list per KV group."""
+        self._num_blocks[:, row] = 0
+        self.append_blocks(row, block_ids)
+
+    def append_blocks(self, row: int, block_ids: Sequence[Sequence[int]]) -> None:
+        """Extend the row's block tables. Blocks behind a window stay listed; nobody reads them."""
+        for group, ids in enumerate(block_ids):
+            if ids:
+                start = int(self._num_blocks[group, row])
+                self._tables[group][row, start : start + len(ids)] = ids
+                self._num_blocks[group, row] = start + len(ids)
+
+    def build(self, scheduled: Sequence[ScheduledRow]) -> BuiltStep:
+        """Lay out these rows, in their order. Drafts must be in the history already."""
+        rows = np.array([row.row for row in scheduled], np.int64)
+        starts = np.array([row.start for row in scheduled], np.int64)
+        counts = np.array([row.num_tokens for row in scheduled], np.int64)
+        ends = np.cumsum(counts)
+        num_tokens = int(ends[-1])
+        token_rows = np.repeat(rows, counts)
+        positions = np.arange(num_tokens) + np.repeat(starts - (ends - counts), counts)
+        input_ids = self._history.tokens[token_rows, positions].astype(np.int64)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        key_lens = starts + counts
+        width = -(-int(key_lens.max()) // self._block_size)
+        groups = tuple(
+            GroupTables(
+                slot_mapping=self._tensor(
+                    table[token_rows, blocks].astype(np.int64) * self._block_size + offsets
+                ),
+                block_tables=self._tensor(table[rows, :width]),
+            )
+            for table in self._tables
+        )
+        sampled = np.flatnonzero([row.sample for row in scheduled])
+        num_drafts = np.array([len(row.draft_ids) for row in scheduled if row.sample], np.int64)
+        logit_rows, logit_places = self._logit_rows(rows[sampled], ends[sampled], num_drafts)
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        query_start[1:] = ends
+        batch = Batch(
+            input_ids=self._tensor(input_ids),
+            positions=self._tensor(positions),
+            query_start=self._tensor(query_start),
+            seq_lens=self._tensor(key_lens.astype(np.int32)),
+            groups=groups,
+            logit_rows=self._tensor(logit_places),
+            adapter_slots=torch.zeros(len(rows), dtype=torch.int32, device=self._device),
+            query_lens=tuple(counts.tolist()),
+            key_lens=tuple(key_lens.tolist()),
+        )
+        return BuiltStep(batch, logit_rows, sampled, num_drafts)
+
+    def _logit_rows(
+        self, rows: IntArray, ends: IntArray, num_drafts: IntArray
+    ) -> tuple[LogitRows, IntArray]:
+        """Logit rows of the sampled rows, and which token rows of the batch they are."""
+        if not num_drafts.any():
+            return LogitRows.of(self._history, rows), ends - 1
+        logit_rows = LogitRows.of(self._history, rows, num_drafts)
+        # Their token rows are the last 1 + k of the sequence.
+        before = logit_rows.history_lens - self._history.lengths[logit_rows.rows]
+        return logit_rows, np.repeat(ends - 1 - num_drafts, num_drafts + 1) + before
+
+    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -1,0 +1,166 @@
+"""The engine's loop body: inbox, schedule, submit, collect, update, outbox. No sockets, no text.
+
+Where messages come from and go to is a `Transport`; which thread or process this runs in is its
+owner's business. One request's failure ends that request; a failure of a step ends the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from tgi_cli.config import EngineConfig
+from tgi_cli.engine.executor import Executor, LocalExecutor, Report
+from tgi_cli.engine.memory_plan import MemoryPlan
+from tgi_cli.engine.messages import (
+    Abort,
+    Delta,
+    EngineStats,
+    Heartbeat,
+    Inbound,
+    ModelFacts,
+    Request,
+)
+from tgi_cli.engine.scheduler import Scheduler
+from tgi_cli.errors import TgiError
+
+log = logging.getLogger(__name__)
+
+
+class Transport(Protocol):
+    """How messages reach the engine and leave it. Used by the engine's thread alone."""
+
+    def receive(self, *, wait: bool) -> Sequence[Inbound] | None:
+        """What has arrived, None when the engine is to end.
+
+        With `wait` it blocks, without using the processor, until there is something.
+        """
+        ...
+
+    def send(self, deltas: list[Delta], stats: EngineStats) -> None:
+        """Deliver what one step produced. Never blocks."""
+        ...
+
+
+class EngineCore:
+    """Scheduler and executor of one model.
+
+    Args:
+        scheduler: decides.
+        executor: computes.
+        facts: of the loaded model; requests are checked against them again.
+        memory_plan: what the executor was sized by, if by a plan.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        facts: ModelFacts,
+        *,
+        memory_plan: MemoryPlan | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.facts = facts
+        self.memory_plan = memory_plan
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self._outbox: list[Delta] = []  # of requests that ended outside a step
+        self._num_steps = 0
+        self._step_started: float | None = None
+        self._last_step_seconds = 0.0
+
+    @classmethod
+    def load(cls, config: EngineConfig, report: Report) -> EngineCore:
+        """Load a model and put an engine around it. Raises as `LocalExecutor.load`."""
+        executor = LocalExecutor.load(config, report)
+        planned = executor.memory_plan
+        scheduler = Scheduler(
+            config.scheduler,
+            groups=planned.layouts(),
+            block_size=planned.block_size,
+            max_model_len=planned.max_model_len,
+            prefix_caching=config.cache.prefix_caching,
+            clock=time.monotonic,
+        )
+        facts = msgspec.structs.replace(executor.facts, max_model_len=scheduler.max_model_len)
+        return cls(scheduler, executor, facts, memory_plan=planned)
+
+    def run(self, transport: Transport) -> None:
+        """Serve until the transport says to end. Whatever a step raises comes out of here."""
+        while True:
+            messages = transport.receive(wait=not self.has_work())
+            if messages is None:
+                return
+            for message in messages:
+                self.accept(message)
+            deltas = self.step()
+            if deltas:
+                transport.send(deltas, self.stats())
+
+    def accept(self, message: Inbound) -> None:
+        """Take a request or an abort. A request that cannot run ends with an `error` delta."""
+        if isinstance(message, Abort):
+            for request_id in message.ids:
+                delta = self._scheduler.abort(request_id)
+                if delta is not None:
+                    self._outbox.append(delta)
+            return
+        try:
+            self._check(message)
+            self._scheduler.add(message)
+        except TgiError as error:
+            self._refuse(message, error.message)
+        except Exception:
+            log.exception("request %s could not be added", message.id)
+            self._refuse(message, "an internal error: the request could not be added")
+
+    def step(self) -> list[Delta]:
+        """Run one step if there is one; return what goes to the clients."""
+        deltas, self._outbox = self._outbox, []
+        step = self._scheduler.schedule()
+        if step is None:
+            return deltas
+        self._step_started = started = self._clock()
+        self._executor.submit(step)
+        output = self._executor.collect()
+        self._last_step_seconds = self._clock() - started
+        self._step_started = None
+        self._num_steps += 1
+        return deltas + self._scheduler.update(step, output)
+
+    def has_work(self) -> bool:
+        """Whether a call of `step` could bring anything."""
+        return bool(self._outbox) or self._scheduler.has_work()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the last step."""
+        return msgspec.structs.replace(
+            self._scheduler.stats(), last_step_seconds=self._last_step_seconds
+        )
+
+    def heartbeat(self) -> Heartbeat:
+        """A sign of life; may be asked from another thread."""
+        started = self._step_started
+        return Heartbeat(
+            num_steps=self._num_steps,
+            step_age=0.0 if started is None else self._clock() - started,
+            has_work=started is not None or self.has_work(),
+        )
+
+    def close(self) -> None:
+        """Release the model."""
+        self._executor.close()
+
+    def _check(self, request: Request) -> None:
+        """What the front door has checked too: nothing unchecked reaches the model."""
+        request.sampling.validate(self.facts.vocab_size)
+
+    def _refuse(self, request: Request, message: str) -> None:
+        self._outbox.append(Delta(id=request.id, finish="error", error=message))

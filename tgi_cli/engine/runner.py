@@ -1,0 +1,212 @@
+"""Runs steps: rows and their state, the decoder, the sampler. Two calls, `submit` and `collect`.
+
+It follows decisions and makes none: which rows run, with which blocks, is in the `Step`. A row
+that cannot be prepared or whose logits are not finite fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_cli.engine.batch_builder import BatchBuilder, BuiltStep
+from tgi_cli.engine.kv_cache import KVCache
+from tgi_cli.engine.logprobs import PromptLogprobs
+from tgi_cli.engine.messages import Request, TokenLogprobs
+from tgi_cli.engine.rows import RowState, TokenHistory
+from tgi_cli.engine.sampler import Sampled, Sampler, num_accepted
+from tgi_cli.engine.step import NewRow, RowOutput, ScheduledRow, Step, StepOutput
+from tgi_cli.errors import TgiError
+from tgi_cli.kernels.backend import Backend
+from tgi_cli.model.decoder import Decoder
+from tgi_cli.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model gave no finite logits for this sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A submitted step: what is left to do is to draw tokens from its logits."""
+
+    step: Step
+    errors: dict[int, str]  # by row
+    scheduled: list[ScheduledRow]  # those without an error, in order
+    built: BuiltStep | None
+    logits: Tensor | None  # [n, vocab_size] of the logit rows
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by index in `scheduled`
+
+
+class ModelRunner:
+    """One decoder with its KV cache and the state of up to `max_rows` live sequences.
+
+    Args:
+        decoder: the built model.
+        backend: where it runs.
+        kv_cache: the tensors its blocks lie in.
+        max_rows: sequences at once.
+        max_len: most tokens of one sequence.
+        block_size: tokens per block.
+        sampler: what draws; None makes the default one.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: Backend,
+        kv_cache: KVCache,
+        *,
+        max_rows: int,
+        max_len: int,
+        block_size: int,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._forward = backend.plan(decoder) or decoder.forward
+        self._kv_cache = kv_cache
+        self._history = TokenHistory(max_rows, max_len, decoder.spec.vocab_size)
+        self._sampler = sampler or Sampler(backend.ops, max_rows)
+        self._prompt_logprobs = PromptLogprobs(self._history, max_rows)
+        self._states: tuple[RowState, ...] = (self._history, self._sampler, self._prompt_logprobs)
+        self._builder = BatchBuilder(
+            self._history, len(decoder.spec.kv_groups), block_size, backend.device
+        )
+        self._block_size = block_size
+        self._failed: dict[int, str] = {}  # rows that could not be prepared, by row
+        self._in_flight: deque[_InFlight] = deque()
+
+    @torch.inference_mode()
+    def submit(self, step: Step) -> None:
+        """Run the step's positions; its tokens are drawn by `collect`."""
+        for freed in step.removed_rows:
+            self._remove(freed)
+        for new in step.new_rows:
+            self._add(new)
+        scheduled = []
+        for row in step.rows:
+            if row.row in self._failed:
+                continue
+            self._builder.append_blocks(row.row, row.appended_blocks)
+            if row.draft_ids:
+                self._history.propose(row.row, row.draft_ids)
+            scheduled.append(row)
+        errors = {row.row: self._failed[row.row] for row in step.rows if row.row in self._failed}
+        built = logits = None
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if scheduled:
+            built = self._builder.build(scheduled)
+            hidden = self._forward(built.batch, self._kv_cache.layers)
+            if len(built.sampled):
+                logits = self._decoder.logits(hidden[built.batch.logit_rows])
+            prompt_logprobs = self._prompt_logprobs.of_step(scheduled, hidden, self._decoder.logits)
+        self._in_flight.append(_InFlight(step, errors, scheduled, built, logits, prompt_logprobs))
+
+    @torch.inference_mode()
+    def collect(self) -> StepOutput:
+        """Draw the tokens of the oldest submitted step and add them to the rows."""
+        flight = self._in_flight.popleft()
+        outputs = {
+            row.row: RowOutput(row=row.row, prompt_logprobs=flight.prompt_logprobs.get(i))
+            for i, row in enumerate(flight.scheduled)
+        }
+        if flight.logits is not None and flight.built is not None:
+            sampled = self._sampler.sample(flight.logits, flight.built.logit_rows)
+            for output in self._drawn(flight, flight.built, sampled):
+                outputs[output.row] = output
+        for row, error in flight.errors.items():
+            outputs[row] = RowOutput(row=row, error=error)
+        return StepOutput(
+            step_id=flight.step.id, rows=[outputs[row.row] for row in flight.step.rows]
+        )
+
+    def warm_up(self, num_tokens: int, num_rows: int) -> None:
+        """Run a prompt, then a draw by several rows, through `submit` and `collect`.
+
+        Leaves no row behind. What it writes into blocks, nobody reads: a sequence reads only what
+        it wrote or what was published.
+        """
+        num_tokens = max(1, min(num_tokens, self._history.max_len - 2))
+        num_rows = max(1, min(num_rows, num_tokens))
+        lens = [num_tokens - num_rows + 1] + [1] * (num_rows - 1)
+        sampling = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, max_tokens=2)
+        new_rows, first, second = [], [], []
+        for row, length in enumerate(lens):
+            request = Request(id=f"warm-up-{row}", prompt_ids=[0] * length, sampling=sampling)
+            blocks = -(-(length + 1) // self._block_size)
+            # Sharing block 1 is harmless here and fits any pool.
+            table = tuple([1] * blocks for _ in self._decoder.spec.kv_groups)
+            new_rows.append(NewRow(row=row, request=request, block_ids=table))
+            first.append(ScheduledRow(row=row, start=0, num_tokens=length, sample=True))
+            second.append(ScheduledRow(row=row, start=length, num_tokens=1, sample=True))
+        for step in (
+            Step(id=-2, rows=first, new_rows=new_rows),
+            Step(id=-1, rows=second),
+        ):
+            self.submit(step)
+            self.collect()
+        for row in range(num_rows):
+            self._remove(row)
+
+    def _add(self, new: NewRow) -> None:
+        request = new.request
+        try:
+            for state in self._states:
+                state.add(new.row, request, request.output_ids)
+            self._builder.set_blocks(new.row, new.block_ids)
+        except TgiError as error:
+            self._reject(new.row, error.message)
+        except Exception:
+            log.exception("request %s could not be prepared", request.id)
+            self._reject(new.row, "an internal error: the request could not be prepared")
+
+    def _reject(self, row: int, message: str) -> None:
+        self._remove(row)
+        self._failed[row] = message
+
+    def _remove(self, row: int) -> None:
+        self._failed.pop(row, None)
+        for state in self._states:
+            state.remove(row)
+
+    def _drawn(self, flight: _InFlight, built: BuiltStep, sampled: Sampled) -> Sequence[RowOutput]:
+        """Verify drafts, extend the histories and describe each sampled row."""
+        token_ids, valid = sampled.token_ids.tolist(), sampled.valid.tolist()
+        if not built.num_drafts.any() and sampled.valid.all():
+            self._history.append_one(built.logit_rows.rows, sampled.token_ids)
+            appended = True
+        else:
+            appended = False
+        outputs = []
+        first = 0  # logit row
+        for index, num_drafts in zip(
+            built.sampled.tolist(), built.num_drafts.tolist(), strict=True
+        ):
+            row = flight.scheduled[index]
+            end = first + num_drafts + 1
+            drawn = token_ids[first:end]
+            kept = num_accepted(row.draft_ids, drawn) + 1 if num_drafts else 1
+            if not all(valid[first : first + kept]):
+                outputs.append(RowOutput(row=row.row, error=_NOT_FINITE))
+            else:
+                tokens = drawn[:kept]
+                if not appended:
+                    self._history.append(row.row, tokens)
+                logprobs = None
+                if first in sampled.logprobs:
+                    logprobs = [sampled.logprobs[i] for i in range(first, first + kept)]
+                outputs.append(
+                    RowOutput(
+                        row=row.row,
+                        token_ids=tokens,
+                        logprobs=logprobs,
+                        prompt_logprobs=flight.prompt_logprobs.get(index),
+                    )
+                )
+            first = end
+        return outputs

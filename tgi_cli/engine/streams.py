@@ -1,0 +1,118 @@
+"""The open answers of one client: deltas wait here, merged, until their reader takes them.
+
+A slow reader costs one merged delta, never a queue of them. Each answer keeps its request and
+every token received for it, also those nobody has read yet: that is all a restart needs. Used from
+one event loop; knows no transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from tgi_cli.engine.messages import Delta, Request
+from tgi_cli.errors import EngineUnavailable, InvalidRequest
+
+
+class OpenStream:
+    """One answer on its way: `request`, and `received` tokens in order."""
+
+    __slots__ = ("_arrived", "_failure", "_pending", "received", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.received: list[int] = list(request.output_ids)
+        self._pending: Delta | None = None
+        self._failure: EngineUnavailable | None = None
+        self._arrived = asyncio.Event()
+
+    def feed(self, delta: Delta) -> None:
+        """Take a delta from the engine."""
+        self.received += delta.token_ids
+        self._pending = delta if self._pending is None else merge(self._pending, delta)
+        self._arrived.set()
+
+    def fail(self, failure: EngineUnavailable) -> None:
+        """End the stream with an error, after what has arrived."""
+        self._failure = failure
+        self._arrived.set()
+
+    async def take(self) -> Delta:
+        """Wait for deltas and take all that have arrived, as one."""
+        await self._arrived.wait()
+        if self._pending is not None:
+            delta, self._pending = self._pending, None
+            if self._failure is None:
+                self._arrived.clear()
+            return delta
+        assert self._failure is not None
+        raise self._failure
+
+
+class StreamTable:
+    """All open answers of a client, by request id."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, OpenStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._open
+
+    def feed(self, deltas: list[Delta]) -> None:
+        """Hand deltas to their readers; those of answers that were left are dropped."""
+        for delta in deltas:
+            stream = self._open.get(delta.id)
+            if stream is not None:
+                stream.feed(delta)
+
+    def fail(self, failure: EngineUnavailable) -> None:
+        """End every open answer with this error."""
+        for stream in self._open.values():
+            stream.fail(failure)
+        self._open.clear()
+
+    async def read(
+        self, request: Request, *, send: Callable[[Request], None], abort: Callable[[str], None]
+    ) -> AsyncGenerator[Delta, None]:
+        """Send a request and yield its deltas; leaving early aborts it.
+
+        Raises:
+            InvalidRequest: the id belongs to an open answer.
+            EngineUnavailable: the engine went away.
+        """
+        if request.id in self._open:
+            raise InvalidRequest(f"request id `{request.id}` is in use")
+        stream = OpenStream(request)
+        self._open[request.id] = stream
+        finished = False
+        try:
+            send(request)
+            while not finished:
+                delta = await stream.take()
+                finished = delta.finish is not None
+                yield delta
+        finally:
+            if self._open.get(request.id) is stream:
+                del self._open[request.id]
+                if not finished:
+                    abort(request.id)
+
+
+def merge(first: Delta, second: Delta) -> Delta:
+    """Two deltas of one answer as one. What comes once is taken from the one that has it."""
+    logprobs = first.logprobs
+    if second.logprobs is not None:
+        logprobs = [*(logprobs or ()), *second.logprobs]
+    return Delta(
+        id=first.id,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        finish=second.finish,
+        error=second.error,
+        num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
+        queue_time=first.queue_time or second.queue_time,
+    )
