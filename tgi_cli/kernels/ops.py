@@ -134,8 +134,9 @@ class Ops(Protocol):
         - counter = (id // 4, low 32 bits of the position, high 32 bits of it, 0);
         - r = lane id % 4 of the result, an unsigned 32-bit integer;
         - u = ((r >> 9) + 0.5) * 2**-23, exact in float32, in [2**-24, 1 - 2**-24];
-        - noise = -log(-log(u)) in float64, rounded once to float32. For each of the 2**23 values
-          of u the exact result is so far from a tie that any log within 1 ulp gives these bits.
+        - noise = -log(-log(u)) in float64, rounded once to float32. Any log that is right to
+          1 ulp gives the same bits, as no result comes so close to a tie, but for one of the
+          2**23 values of u (r >> 9 = 3085996, noise 2.5e-8, whose last bit is then open).
 
         Args:
             seeds: [n] int64, the unsigned 64-bit seeds as two's complement.

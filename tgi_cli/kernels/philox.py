@@ -17,19 +17,22 @@ _ROUNDS = 10
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
     """Ten rounds of Philox4x32 for broadcastable int64 words in [0, 2**32): [..., 4] int64."""
-    c0, c1, c2, c3 = counter
+    shape = (counter[0] | counter[1] | counter[2] | counter[3] | key[0] | key[1]).shape
+    # In place from here on: half the time of fresh tensors, since rows stay in the cache.
+    c0, c1, c2, c3 = (word.expand(shape).clone() for word in counter)
     k0, k1 = key
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
         # The 64-bit products wrap in two's complement: the bits are those of the unsigned ones.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
-            p1 & _WORD,
-            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
-            p0 & _WORD,
-        )
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(p0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        torch.bitwise_and(p1, _WORD, out=c1)
+        torch.bitwise_and(p0, _WORD, out=c3)
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    # After ten rounds every word depends on every input, so all four have the full shape.
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 

@@ -16,10 +16,65 @@ struct TileRow {
   float* acc;  // [head_dim]
 };
 
-// One tile of keys for up to kRowGroup rows. `keys`/`values`: the tile's blocks for this KV head.
+// The tile's blocks for one KV head, and which of its keys hold data of this sequence. What lies in
+// the others (stale blocks, the null block) may be anything and is never multiplied.
+struct Tile {
+  int64_t first_key;
+  const bf16* keys[kTileKeys / kBlock];
+  const bf16* values[kTileKeys / kBlock];
+  int low, high;  // keys low .. high of the tile are readable
+};
+
+// Adds probability pairs begin .. end - 1 times values; `mask` blanks one half of each pair or none.
+template <int kRows, int kVectors>
+inline void add_values(const Tile& tile, const uint32_t (*pairs)[kTileKeys / 2], int64_t dim, int64_t d,
+                       int begin, int end, uint32_t mask, vf (&o)[kRows][kVectors]) {
+  for (int t = begin; t < end; ++t) {
+    const bf16* at = tile.values[t / (kBlock / 2)] + (t % (kBlock / 2) * dim + d) * 2;
+    vi value[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) value[v] = blank(load_pairs(at + v * kLanes * 2), mask);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const vi p = broadcast_pair(&pairs[r][t]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) dot2(o[r][v], value[v], p);
+    }
+  }
+}
+
+// Features d .. d + kVectors * kLanes of the tile's weighted values, merged into the rows.
+template <int kRows, int kVectors>
+inline void merge_values(const Tile& tile, const uint32_t (*pairs)[kTileKeys / 2], int64_t dim, int64_t d,
+                         const float* old_scale, const float* new_scale, TileRow* rows) {
+  vf o[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) o[r][v] = zero();
+  int begin = tile.low / 2, end = tile.high / 2 + 1;
+  const uint32_t head = tile.low % 2 ? 0xffff0000u : ~0u, tail = tile.high % 2 ? ~0u : 0x0000ffffu;
+  if (begin + 1 == end) {
+    add_values(tile, pairs, dim, d, begin, end, head & tail, o);
+  } else {
+    add_values(tile, pairs, dim, d, begin, begin + 1, head, o);
+    add_values(tile, pairs, dim, d, begin + 1, end - 1, ~0u, o);
+    add_values(tile, pairs, dim, d, end - 1, end, tail, o);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* acc = rows[r].acc + d + v * kLanes;
+      store(acc, fma(load(acc), set1(old_scale[r]), mul(o[r][v], set1(new_scale[r]))));
+    }
+}
+
+// One tile of keys for up to kRowGroup rows.
 template <int kRows>
-inline void attend_tile(const Attention& a, TileRow* rows, int64_t first_key, const bf16* const* keys,
-                        const bf16* const* values, int blocks) {
+inline void attend_tile(const Attention& a, TileRow* rows, const Tile& tile) {
+  const int64_t first_key = tile.first_key;
+  const bf16* const* keys = tile.keys;
   constexpr int kPer = kBlock / kLanes;  // vectors per block (1 or 2)
   const int64_t dim = a.head_dim;
   float scores[kRows][kTileKeys];
@@ -88,56 +143,22 @@ inline void attend_tile(const Attention& a, TileRow* rows, int64_t first_key, co
     rows[r].max = m;
   }
 
-  constexpr int kFeatureVectors = 4;
-  for (int64_t d = 0; d < dim; d += kFeatureVectors * kLanes) {
-    const int count = static_cast<int>((dim - d) / kLanes < kFeatureVectors ? (dim - d) / kLanes : kFeatureVectors);
-    vf o[kRows][kFeatureVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-      for (int v = 0; v < kFeatureVectors; ++v) o[r][v] = zero();
-    if (count == kFeatureVectors) {
-      for (int b = 0; b < blocks; ++b)
-        for (int t = 0; t < kBlock / 2; ++t) {
-          vi value[kFeatureVectors];
-#pragma GCC unroll 16
-          for (int v = 0; v < kFeatureVectors; ++v)
-            value[v] = load_pairs(values[b] + (t * dim + d + v * kLanes) * 2);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            const vi p = broadcast_pair(&pairs[r][b * (kBlock / 2) + t]);
-#pragma GCC unroll 16
-            for (int v = 0; v < kFeatureVectors; ++v) dot2(o[r][v], value[v], p);
-          }
-        }
-    } else {
-      for (int v = 0; v < count; ++v)
-        for (int b = 0; b < blocks; ++b)
-          for (int t = 0; t < kBlock / 2; ++t) {
-            const vi value = load_pairs(values[b] + (t * dim + d + v * kLanes) * 2);
-            for (int r = 0; r < kRows; ++r)
-              dot2(o[r][v], value, broadcast_pair(&pairs[r][b * (kBlock / 2) + t]));
-          }
-    }
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < count; ++v) {
-        float* acc = rows[r].acc + d + v * kLanes;
-        store(acc, fma(load(acc), set1(old_scale[r]), mul(o[r][v], set1(new_scale[r]))));
-      }
-  }
+  constexpr int kWide = 4;
+  int64_t d = 0;
+  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
+    merge_values<kRows, kWide>(tile, pairs, dim, d, old_scale, new_scale, rows);
+  for (; d < dim; d += kLanes) merge_values<kRows, 1>(tile, pairs, dim, d, old_scale, new_scale, rows);
 }
 
-inline void attend_rows(const Attention& a, TileRow* rows, int count, int64_t first_key,
-                        const bf16* const* keys, const bf16* const* values, int blocks) {
-  for (; count >= kRowGroup; count -= kRowGroup, rows += kRowGroup)
-    attend_tile<kRowGroup>(a, rows, first_key, keys, values, blocks);
+inline void attend_rows(const Attention& a, TileRow* rows, int count, const Tile& tile) {
+  for (; count >= kRowGroup; count -= kRowGroup, rows += kRowGroup) attend_tile<kRowGroup>(a, rows, tile);
   switch (count) {
-    case 1: attend_tile<1>(a, rows, first_key, keys, values, blocks); break;
+    case 1: attend_tile<1>(a, rows, tile); break;
 #if TGI_ISA >= 2
-    case 2: attend_tile<2>(a, rows, first_key, keys, values, blocks); break;
-    case 3: attend_tile<3>(a, rows, first_key, keys, values, blocks); break;
-    case 4: attend_tile<4>(a, rows, first_key, keys, values, blocks); break;
-    case 5: attend_tile<5>(a, rows, first_key, keys, values, blocks); break;
+    case 2: attend_tile<2>(a, rows, tile); break;
+    case 3: attend_tile<3>(a, rows, tile); break;
+    case 4: attend_tile<4>(a, rows, tile); break;
+    case 5: attend_tile<5>(a, rows, tile); break;
 #endif
     default: break;
   }
@@ -159,27 +180,26 @@ inline void attend_queries(const Attention& a, int64_t seq, int64_t kv_head, int
                              0.0f, acc + (t * group + h) * dim};
     }
   const int64_t last_key = base + first + count - 1;
-  int64_t tile = 0;
-  if (a.window > 0 && base + first - a.window + 1 > 0) tile = (base + first - a.window + 1) / kTileKeys;
+  const int64_t first_visible = a.window > 0 && base + first >= a.window ? base + first - a.window + 1 : 0;
   const int32_t* table = a.block_tables + seq * a.table_stride;
   const int64_t block_elements = a.kv_heads * dim * kBlock, offset = kv_head * dim * kBlock;
   constexpr int kTileBlocks = kTileKeys / kBlock;
-  for (; tile * kTileKeys <= last_key; ++tile) {
-    const bf16 *keys[kTileBlocks], *values[kTileBlocks];
-    int blocks = 0;
+  Tile tile;
+  for (int64_t index = first_visible / kTileKeys; index * kTileKeys <= last_key; ++index) {
+    tile.first_key = index * kTileKeys;
+    tile.low = static_cast<int>(first_visible > tile.first_key ? first_visible - tile.first_key : 0);
+    const int64_t high = last_key - tile.first_key;
+    tile.high = static_cast<int>(high < kTileKeys - 1 ? high : kTileKeys - 1);
     for (int b = 0; b < kTileBlocks; ++b) {
-      const int64_t index = tile * kTileBlocks + b;
-      // Blocks past the end stand in as the first block of the tile: their keys are masked.
-      const bool present = index * kBlock <= last_key;
-      const int64_t block = table[present ? index : tile * kTileBlocks];
-      keys[b] = a.k_cache + block * block_elements + offset;
-      values[b] = a.v_cache + block * block_elements + offset;
-      blocks += present;
+      // Blocks past the end stand in as the tile's last one: their keys are masked.
+      const int64_t at = index * kTileBlocks + (b <= tile.high / kBlock ? b : tile.high / kBlock);
+      tile.keys[b] = a.k_cache + table[at] * block_elements + offset;
+      tile.values[b] = a.v_cache + table[at] * block_elements + offset;
     }
     // A token before all the tile's keys has no share in it.
     int skip = 0;
-    while (skip < num_rows && rows[skip].position < tile * kTileKeys) ++skip;
-    attend_rows(a, rows + skip, num_rows - skip, tile * kTileKeys, keys, values, blocks);
+    while (skip < num_rows && rows[skip].position < tile.first_key) ++skip;
+    attend_rows(a, rows + skip, num_rows - skip, tile);
   }
   for (int r = 0; r < num_rows; ++r) {
     const vf inverse = set1(1.0f / rows[r].sum);

@@ -62,6 +62,7 @@ inline vi broadcast_pair(const void* p) {
   std::memcpy(&pair, p, 4);
   return _mm512_set1_epi32(pair);
 }
+inline vi blank(vi x, uint32_t mask) { return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(mask))); }
 // Lane order of the sum is fixed: halves, then quarters, and so on.
 inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float hmax(vf x) { return _mm512_reduce_max_ps(x); }
@@ -136,6 +137,7 @@ inline vi broadcast_pair(const void* p) {
   std::memcpy(&pair, p, 4);
   return _mm256_set1_epi32(pair);
 }
+inline vi blank(vi x, uint32_t mask) { return _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(mask))); }
 inline float sum(vf x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
