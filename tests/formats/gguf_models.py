@@ -175,3 +175,14 @@ def write_model(path: Path, model: TinyModel, kind: Type = Type.F32, **changed: 
     keys = metadata(model)
     keys |= {f"{model.architecture}.{key}": value for key, value in changed.items()}
     return write(path, model.architecture, keys, converted(model), kind)
+
+
+def write_blocks(path: Path, name: str, raw: np.ndarray[Any, Any], kind: Type) -> Path:
+    """Write a file of one tensor whose stored bytes are given."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

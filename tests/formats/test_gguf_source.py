@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from tests.formats.gguf_models import (
@@ -18,8 +19,10 @@ from tests.formats.gguf_models import (
     metadata,
     tiny_model,
     write,
+    write_blocks,
     write_model,
 )
+from tgi_cli.demo_model import demo_model_path
 from tgi_cli.errors import CheckpointError, TgiError, UnsupportedModel
 from tgi_cli.model.gguf_config import hf_config
 from tgi_cli.model.gguf_source import GgufSource
@@ -66,21 +69,13 @@ def test_every_value_equals_what_transformers_loads(
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q6_K"])
 def test_matrices_load_through_the_format(name: str, llama: TinyModel, tmp_path: Path) -> None:
-    if name == "Q6_K":  # no encoder in the gguf package: random blocks
+    path = tmp_path / "m.gguf"
+    if name == "Q6_K":  # the gguf package has no encoder for it
         generator = np.random.default_rng(0)
         raw = generator.integers(0, 100, (HIDDEN, 210), dtype=np.uint8)
-        import gguf
-
-        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-        writer.add_uint32("llama.attention.head_count", 4)
-        writer.add_tensor("blk.0.attn_output.weight", raw, raw_dtype=Type.Q6_K)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        path = tmp_path / "m.gguf"
+        write_blocks(path, "blk.0.attn_output.weight", raw, Type.Q6_K)
     else:
-        path = write_model(tmp_path / "m.gguf", llama, Type[name])
+        write_model(path, llama, Type[name])
     source = GgufSource(path)
     form = detect({}, source)
     assert isinstance(form, GgufFormat)
@@ -144,17 +139,10 @@ def test_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_unknown_type_is_refused_by_name(tmp_path: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    block = np.zeros((4, gguf.GGML_QUANT_SIZES[Type.IQ2_XS][1]), np.uint8)
-    writer.add_tensor("blk.0.attn_v.weight", block, raw_dtype=Type.IQ2_XS)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    raw = np.zeros((4, GGML_QUANT_SIZES[Type.IQ2_XS][1]), np.uint8)
+    path = write_blocks(tmp_path / "m.gguf", "blk.0.attn_v.weight", raw, Type.IQ2_XS)
     with pytest.raises(UnsupportedModel, match=r"attn_v.*IQ2_XS.*Q4_K.*IQ4_NL"):
-        GgufSource(tmp_path / "m.gguf")
+        GgufSource(path)
 
 
 def test_missing_tensor_and_wrong_rank(llama: TinyModel, tmp_path: Path) -> None:
@@ -205,17 +193,11 @@ def test_damaged_headers_raise_nothing_but_known_faults(llama: TinyModel, tmp_pa
     assert refused > 50
 
 
-def demo_model() -> Path:
-    hub = pytest.importorskip("tgi_cli.hub", reason="no hub module to find the demo model with")
-    path = getattr(hub, "demo_model_path", lambda: None)()
-    if path is None:
-        pytest.skip("the demo model is not in the cache folder; `tgi download demo` puts it there")
-    return Path(path)
-
-
 @pytest.mark.real_model
 def test_demo_model_equals_what_transformers_loads() -> None:
-    path = demo_model()
+    path = demo_model_path()
+    if path is None:
+        pytest.skip("the demo model is not in the cache folder; `tgi download demo` puts it there")
     source = GgufSource(path)
     state = transformers_state(path)
     assert set(source.keys()) == set(state) - {"lm_head.weight"}

@@ -230,14 +230,10 @@ FAMILIES: Mapping[str, Callable[[GgufSource, _Keys, dict[str, Any]], dict[str, A
 
 def _special_tokens(metadata: GGUFMetadata) -> dict[str, Any]:
     """Ids of begin, padding and end; one end token as a number, several as a list."""
-    ends = [
-        metadata.get(f"tokenizer.ggml.{name}_token_id")
-        for name in ("eos", "eot", "eom")
-        if f"tokenizer.ggml.{name}_token_id" in metadata
-    ]
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    ends += [index for index, token in enumerate(tokens) if token in END_TOKENS]
-    ends = list(dict.fromkeys(ends))
+    listed = [index for index, token in enumerate(tokens) if token in END_TOKENS]
+    ends = list(dict.fromkeys([end for end in named if isinstance(end, int)] + listed))
     return {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,

@@ -118,7 +118,7 @@ class GgufSource:
         self.path = Path(path)
         parts = [_Part(part) for part in _part_paths(self.path)]
         self.metadata = parts[0].header
-        self.architecture: str = self.metadata["general.architecture"]
+        self.architecture = str(self.metadata["general.architecture"])
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"`{self.path.name}` is of architecture `{self.architecture}`, which is not read "
