@@ -100,12 +100,14 @@ class ChatRepl:
     def _prompt_session(self) -> PromptSession[str]:
         keys = KeyBindings()
 
+        # Enter pressed ahead, while an answer still streams, arrives as Ctrl-J.
         @keys.add("enter")
+        @keys.add("c-j")
         def _send(event: KeyPressEvent) -> None:
             event.current_buffer.validate_and_handle()
 
         @keys.add("escape", "enter")
-        @keys.add("c-j")
+        @keys.add("escape", "c-j")
         def _new_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
