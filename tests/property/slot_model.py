@@ -20,6 +20,12 @@ VOCAB_SIZE = 6
 LAYERS_PER_GROUP = 2
 
 
+def embed(token_id: int, request: Request) -> int:
+    """Salts change what a token means here, as an adapter or an image would."""
+    salts = int.from_bytes(f"{request.tenant}/{request.cache_salt}".encode(), "little")
+    return hash((token_id, salts))
+
+
 def draw(hidden: int, request: Request, num_outputs: int) -> int:
     """The sampler: depends on the seed and the output position; masks until `min_tokens`."""
     sampling = request.sampling
@@ -42,8 +48,8 @@ class PlainModel:
         self.windows = windows
         self.layers: list[list[int]] = [[] for _ in range(len(windows) * LAYERS_PER_GROUP)]
 
-    def feed(self, token_id: int) -> int:
-        hidden, position = token_id, len(self.layers[0])
+    def feed(self, state: int) -> int:
+        hidden, position = state, len(self.layers[0])
         for index, layer in enumerate(self.layers):
             layer.append(hash((hidden, position)))
             window = self.windows[index % len(self.windows)]
@@ -59,7 +65,7 @@ def answer(
     model = PlainModel(windows)
     prompt_logprobs: list[TokenLogprobs | None] = [None]
     for position, token_id in enumerate(request.prompt_ids):
-        hidden = model.feed(token_id)
+        hidden = model.feed(embed(token_id, request))
         if position + 1 < len(request.prompt_ids):
             prompt_logprobs.append(logprobs_of(hidden, request.prompt_ids[position + 1]))
     sampling = request.sampling
@@ -80,7 +86,7 @@ def answer(
         ):
             finish = "length"
         else:
-            hidden = model.feed(token_id)
+            hidden = model.feed(embed(token_id, request))
             continue
         return output_ids, logprobs, prompt_logprobs, finish
 
@@ -144,7 +150,10 @@ class SlotModel:
         states: dict[int, list[int]] = {}
         for row in running:
             known = self.rows[row.row].token_ids + row.draft_ids
-            states[row.row] = known[row.start : row.start + row.num_tokens]
+            states[row.row] = [
+                embed(token_id, self.rows[row.row].request)
+                for token_id in known[row.start : row.start + row.num_tokens]
+            ]
             assert len(states[row.row]) == row.num_tokens, "a token is run that is not known"
         for index, slots in enumerate(self.slots):
             group = index % len(self.groups)

@@ -8,6 +8,7 @@ sockets, no text, and time only through the clock it is given.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
@@ -101,8 +102,8 @@ class Scheduler:
 
         Raises:
             ContextLengthExceeded: it could not be answered with even one token.
-            InvalidRequest: an empty prompt, an id in use, a weight that is not positive, or
-                nothing left to generate.
+            InvalidRequest: an empty prompt, an id in use, a weight that is not positive and
+                finite, or nothing left to generate.
             Overloaded: the queue is full.
         """
         self._check(request)
@@ -270,8 +271,10 @@ class Scheduler:
             raise InvalidRequest("the prompt has no tokens")
         if request.id in self._live:
             raise InvalidRequest(f"request id `{request.id}` is in use")
-        if not request.weight > 0:
-            raise InvalidRequest(f"`weight` must be > 0. Given: {request.weight!r}", param="weight")
+        if not 0 < request.weight < math.inf:
+            raise InvalidRequest(
+                f"`weight` must be > 0 and finite. Given: {request.weight!r}", param="weight"
+            )
         if num_prompt + num_outputs >= self._max_len:
             what = f"prompt has {num_prompt} tokens"
             if num_outputs:

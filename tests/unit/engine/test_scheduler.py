@@ -97,6 +97,7 @@ def test_a_prompt_that_the_pool_can_never_hold_is_refused_with_both_numbers() ->
         ({"num_prompt": 0}, "no tokens"),
         ({"num_prompt": 1, "weight": 0.0}, "`weight` must be > 0"),
         ({"num_prompt": 1, "weight": float("nan")}, "`weight` must be > 0"),
+        ({"num_prompt": 1, "weight": float("inf")}, "and finite. Given: inf"),
         ({"num_prompt": 1, "max_tokens": 2, "output_ids": [1, 2]}, "`max_tokens` is 2"),
     ],
 )
@@ -344,24 +345,20 @@ def test_the_youngest_gives_way_and_comes_back_with_its_outputs() -> None:
     bench = Bench(num_blocks=5)
     bench.add("a", 3)
     bench.add("b", 3)
-    bench.run()
-    received: dict[str, list[int]] = {"a": [TOKEN], "b": [TOKEN]}
-    preempting: list[Step] = []
-    while len(received["b"]) < 12 and "b" in bench.scheduler._live:
-        step, deltas = bench.run(say=[len(received["a"])])
-        if step.removed_rows:
-            preempting.append(step)
-        for delta in deltas:
-            received[delta.id] += delta.token_ids
-        if len(received["a"]) == 11:
-            bench.scheduler.abort("a")
+    for number in range(6):  # both have 8 computed tokens in 2 blocks, all there are
+        bench.run(say=[number])
+    step, deltas = bench.run(say=[6])
+    assert lengths(step) == [1]
+    assert step.removed_rows == [1]
+    assert [delta.id for delta in deltas] == ["a"]
     assert bench.scheduler.stats().preemptions == 1
-    first = preempting[0]
-    assert lengths(first) == [1]
-    back = preempting[-1].new_rows[0]
-    assert back.request.id == "b"
-    assert back.request.output_ids == received["b"][: len(back.request.output_ids)]
-    assert len(back.request.output_ids) > 1
+    assert bench.scheduler.stats().num_waiting == 1
+    bench.scheduler.abort("a")
+    step, (delta,) = bench.run(say=[7])
+    back = step.new_rows[0].request
+    assert (back.id, back.output_ids) == ("b", [0, 1, 2, 3, 4, 5])
+    assert (step.rows[0].start, step.rows[0].num_tokens) == (4, 5)  # a took only its last block
+    assert (delta.token_ids, delta.num_cached_tokens) == ([7], 0)
 
 
 def test_waiting_ones_never_preempt_and_the_head_is_not_overtaken() -> None:
