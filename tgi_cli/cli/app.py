@@ -26,7 +26,7 @@ from tgi_cli.errors import TgiError
 
 # The first line of each command's docstring, repeated so that listing them imports none.
 COMMANDS = {
-    "download": "Fetch a model's files into the local cache and print where they are.",
+    "download": "Fetch a model into the local cache and print its path.",
     "launch": "Serve a model over HTTP: the OpenAI API and TGI's own.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure a running server, or a model served for the occasion.",
@@ -65,10 +65,9 @@ def _say_failure(printer: Printer, error: Exception) -> int:
         return error.exit_code
     if isinstance(error, TyperException):
         message = error.format_message().rstrip(".")
-        if message:  # empty when a bare `tgi` has just printed its help
-            context = getattr(error, "ctx", None)
-            path = context.command_path if context else "tgi"
-            printer.error(message[:1].lower() + message[1:], f"see `{path} --help`")
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "tgi"
+        printer.error(message[:1].lower() + message[1:], f"see `{path} --help`")
         return error.exit_code
     first = "" if printer.verbose else "rerun with --verbose for the traceback; "
     printer.error(
@@ -177,24 +176,25 @@ class _Program(TyperGroup):
     """The group of all commands, none of them imported yet."""
 
     def __init__(self, **attrs: Any) -> None:
-        attrs["commands"] = {
-            name: _LazyCommand(name, help=line, rich_markup_mode=_MARKUP)
-            for name, line in COMMANDS.items()
-        }
+        attrs["commands"] = {name: _LazyCommand(name, help=line) for name, line in COMMANDS.items()}
         super().__init__(**attrs)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> NoReturn:
         sys.exit(_run(super().main, args, kwargs))
 
 
-app = typer.Typer(
-    name="tgi", cls=_Program, no_args_is_help=True, rich_markup_mode=_MARKUP, add_completion=True
-)
+# Plain text at the top: Typer's Rich help imports a Markdown renderer, which doubles the cost.
+app = typer.Typer(name="tgi", cls=_Program, rich_markup_mode=None)
 
 
-@app.callback()
-def _program(version: Version = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
+@app.callback(invoke_without_command=True)
+def _program(
+    ctx: typer.Context, version: Version = False, verbose: Verbose = False, quiet: Quiet = False
+) -> None:
     """Download, serve, measure and chat with language models."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main() -> NoReturn:

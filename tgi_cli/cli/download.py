@@ -58,7 +58,7 @@ def command(
         bool, typer.Option("--json", help="Print path, commit and files as JSON.")
     ] = False,
 ) -> None:
-    """Fetch a model's files into the local cache and print where they are.
+    """Fetch a model into the local cache and print its path.
 
     Run it again after an interruption and it goes on where it stopped.
     """
