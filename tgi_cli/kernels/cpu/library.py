@@ -159,9 +159,9 @@ class Program(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(LayerProgram)),
-        *((name, _POINTER) for name in ("table", "final_norm", "head")),
-        *((name, _INT64) for name in ("num_layers", "hidden", "vocab")),
-        *((name, _FLOAT) for name in ("embedding_scale", "final_eps", "logit_softcap")),
+        *((name, _POINTER) for name in ("table", "final_norm")),
+        *((name, _INT64) for name in ("num_layers", "hidden")),
+        *((name, _FLOAT) for name in ("embedding_scale", "final_eps")),
         ("table_packed", _INT32),
     )
 
@@ -177,17 +177,16 @@ class StepInput(ctypes.Structure):
         *(
             (name, _POINTER)
             for name in (
-                "logit_rows",
                 "residual",
                 "wide",
                 "narrow",
                 "queries",
                 "attended",
                 "activated",
-                "logits",
+                "hidden",
             )
         ),
-        *((name, _INT64) for name in ("tokens", "seqs", "num_logits")),
+        *((name, _INT64) for name in ("tokens", "seqs")),
     )
 
 

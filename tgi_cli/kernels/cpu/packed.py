@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tgi_cli.kernels.cpu.library import PANEL, Context, Embed, Gemm, pointer
 
-_STORE_BF16 = 1
+_STORE = {torch.float32: 0, torch.bfloat16: 1}  # Epilogue in csrc/kernels.h
 
 
 def panels(rows: int) -> int:
@@ -50,17 +50,21 @@ class PackedWeight:
 
     def matmul(self, x: Tensor, ops: Any) -> Tensor:
         """[tokens, in_features] bf16 -> [tokens, out_features] bf16."""
-        x = x.contiguous()
-        tokens = x.shape[0]
-        out = torch.empty((tokens, self.out_features), dtype=torch.bfloat16)
-        n, k = self.out_features, self.in_features
-        self._context.call(
-            "gemm",
-            Gemm(
-                pointer(x), pointer(self.data), None, pointer(out), tokens, n, k, k, n, _STORE_BF16
-            ),
-        )
+        out = self._product(x, torch.bfloat16)
         return deinterleave(out.T).T if self.interleaved else out
+
+    def matmul_float(self, x: Tensor) -> Tensor:
+        """The same product without the last rounding: float32."""
+        out = self._product(x, torch.float32)
+        return deinterleave(out.T).T if self.interleaved else out
+
+    def embed(self, token_ids: Tensor, scale: float) -> Tensor:
+        """Rows of the matrix, scaled: [tokens] int64 -> [tokens, in_features] float32."""
+        tokens, dim = len(token_ids), self.in_features
+        out = torch.empty((tokens, dim))
+        table, ids = pointer(self.data), pointer(token_ids)
+        self._context.call("embed", Embed(table, ids, pointer(out), tokens, dim, scale, 1))
+        return out
 
     def prepare(self, ops: Any, out: Tensor | None = None) -> PackedWeight:
         """Already prepared."""
@@ -71,23 +75,35 @@ class PackedWeight:
         rows = self.data.permute(0, 2, 1, 3).reshape(-1, self.in_features)[: self.out_features]
         return deinterleave(rows) if self.interleaved else rows.contiguous()
 
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.contiguous()
+        tokens, n, k = x.shape[0], self.out_features, self.in_features
+        out = torch.empty((tokens, n), dtype=dtype)
+        data, epilogue = pointer(self.data), _STORE[dtype]
+        self._context.call(
+            "gemm", Gemm(pointer(x), data, None, pointer(out), tokens, n, k, k, n, epilogue)
+        )
+        return out
 
-class PackedEnds:
-    """Token table and head in one packed matrix: both ends of a decoder that ties them."""
 
-    def __init__(self, context: Context, table: Tensor, scale: float | None) -> None:
-        self.weight = PackedWeight(context, table)
-        self.scale = 1.0 if scale is None else scale
-        self._context = context
+class PackedHead:
+    """The output matrix, packed: logits leave it in float32."""
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def __init__(self, weight: PackedWeight) -> None:
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[n, hidden_size] bf16 -> [n, vocab_size] float32."""
+        return self.weight.matmul_float(hidden)
+
+
+class PackedEmbedding:
+    """The token table in the packed matrix of the head that is tied to it."""
+
+    def __init__(self, weight: PackedWeight, scale: float | None) -> None:
+        self.weight = weight
+        self.scale = scale
+
+    def forward(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden_size] bf16."""
-        tokens, dim = len(token_ids), self.weight.in_features
-        out = torch.empty((tokens, dim))
-        table, ids = pointer(self.weight.data), pointer(token_ids)
-        self._context.call("embed", Embed(table, ids, pointer(out), tokens, dim, self.scale, 1))
-        return out.bfloat16()
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n, vocab_size] bf16."""
-        return self.weight.matmul(hidden, None)
+        return self.weight.embed(token_ids, self.scale or 1.0).bfloat16()

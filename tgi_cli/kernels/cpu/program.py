@@ -1,4 +1,4 @@
-"""A native program for a whole step of a dense decoder: one call instead of some 300 operations.
+"""A native program for a whole step of a dense decoder: one call instead of some 300.
 
 Built from the parts of a decoder, which it repacks in place, tensor by tensor. The Python
 composition stays callable and is the oracle. Not knowing a part means no program: `build` returns
@@ -22,7 +22,7 @@ from tgi_cli.kernels.cpu.library import (
     StepInput,
     pointer,
 )
-from tgi_cli.kernels.cpu.packed import PackedEnds, PackedWeight, interleave
+from tgi_cli.kernels.cpu.packed import PackedEmbedding, PackedHead, PackedWeight, interleave
 
 _ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
 _MAX_HEAD_DIM = 512
@@ -49,7 +49,7 @@ def reason_against(decoder: Any) -> str | None:
 
 
 class NativeStep:
-    """Callable for one step: `Batch` and caches in, logits of `batch.logit_rows` out."""
+    """Callable for one step: `Batch` and caches in, normalized hidden states out."""
 
     def __init__(self, context: Context, decoder: Any) -> None:
         self._context = context
@@ -76,11 +76,11 @@ class NativeStep:
         self._grow(64)
 
     def __call__(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Run `batch`: float32 logits [num_logits, vocab_size]; the caches are written."""
-        tokens, num_logits = len(batch.input_ids), len(batch.logit_rows)
+        """Run `batch`: [num_tokens, hidden_size] bfloat16; the caches are written."""
+        tokens = len(batch.input_ids)
         self._grow(tokens)
         self._point_at(kv_caches)
-        logits = torch.empty((num_logits, self._spec.vocab_size))
+        hidden = torch.empty((tokens, self._spec.hidden_size), dtype=torch.bfloat16)
         groups = batch.groups
         pointers, strides = ctypes.c_void_p * len(groups), ctypes.c_int64 * len(groups)
         step = StepInput(
@@ -91,15 +91,13 @@ class NativeStep:
             slots=pointers(*(pointer(group.slot_mapping) for group in groups)),
             block_tables=pointers(*(pointer(group.block_tables) for group in groups)),
             table_strides=strides(*(group.block_tables.stride(0) for group in groups)),
-            logit_rows=pointer(batch.logit_rows),
-            logits=pointer(logits),
+            hidden=pointer(hidden),
             tokens=tokens,
             seqs=len(batch.seq_lens),
-            num_logits=num_logits,
             **{name: pointer(tensor) for name, tensor in self._buffers.items()},
         )
         self._context.step(self._program, step)
-        return logits
+        return hidden
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
@@ -145,25 +143,22 @@ class NativeStep:
     def _ends(self, decoder: Any) -> Program:
         spec, embedding, head = self._spec, decoder.embedding, decoder.head
         if hasattr(head, "weight"):
-            head_data, table = self._pack(head), pointer(self._keep(embedding.table))
-            packed = 0
+            self._pack(head)
+            decoder.head = PackedHead(head.weight)
+            table, packed = pointer(self._keep(embedding.table)), 0
         else:  # tied: one packed copy serves both ends
-            ends = PackedEnds(self._context, embedding.table, embedding.scale)
-            embedding.forward, head.forward = ends.embed, ends.project
-            embedding.table = head.table = None
-            head_data = table = pointer(self._keep(ends.weight.data))
-            packed = 1
+            weight = PackedWeight(self._context, embedding.table)
+            decoder.head = PackedHead(weight)
+            decoder.embedding = PackedEmbedding(weight, embedding.scale)
+            table, packed = pointer(self._keep(weight.data)), 1
         return Program(
             layers=self._layers,
             table=table,
             final_norm=self._floats(decoder.norm.weight),
-            head=head_data,
             num_layers=len(spec.layers),
             hidden=spec.hidden_size,
-            vocab=spec.vocab_size,
             embedding_scale=1.0 if embedding.scale is None else embedding.scale,
             final_eps=decoder.norm.eps,
-            logit_softcap=spec.logit_softcap or 0.0,
             table_packed=packed,
         )
 

@@ -1,8 +1,5 @@
 #include "program.h"
 
-#include <cmath>
-#include <cstring>
-
 namespace tgi {
 namespace {
 
@@ -56,24 +53,6 @@ struct Runner {
          l.intermediate, static_cast<Epilogue>(l.activation));
     into_residual(step.activated, l.down, l.down_bias, l.intermediate, l.after_feed_norm, l.eps);
   }
-
-  void head() const {
-    const int64_t hidden = program.hidden;
-    if (step.num_logits == 0) return;
-    // The rows that need logits, gathered; the workspace of the layers is free by now.
-    for (int64_t i = 0; i < step.num_logits; ++i)
-      std::memcpy(step.wide + i * hidden, step.residual + step.logit_rows[i] * hidden,
-                  static_cast<size_t>(hidden) * sizeof(float));
-    kernels.rms_norm(pool, {step.wide, program.final_norm, step.narrow, step.num_logits, hidden, hidden,
-                            program.final_eps, 0});
-    kernels.gemm(pool, {step.narrow, program.head, nullptr, step.logits, step.num_logits, program.vocab,
-                        hidden, hidden, program.vocab, static_cast<int32_t>(Epilogue::kStoreFloat)});
-    if (program.logit_softcap > 0) {
-      const float cap = program.logit_softcap;
-      for (int64_t i = 0; i < step.num_logits * program.vocab; ++i)
-        step.logits[i] = cap * std::tanh(step.logits[i] / cap);
-    }
-  }
 };
 
 }  // namespace
@@ -83,7 +62,7 @@ void run_step(Pool& pool, const Kernels& kernels, const Program& program, const 
   kernels.embed(pool, {program.table, step.ids, step.residual, step.tokens, program.hidden,
                        program.embedding_scale, program.table_packed});
   for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i]);
-  runner.head();
+  runner.norm(step.residual, program.final_norm, program.final_eps, step.hidden, false);
 }
 
 }  // namespace tgi

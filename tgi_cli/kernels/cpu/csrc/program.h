@@ -1,4 +1,4 @@
-// A whole step of a dense decoder in one call: embedding, layers, final norm, head.
+// A whole step of a dense decoder in one call: embedding, layers, final norm.
 //
 // The structs mirror kernels/cpu/program.py field by field; all pointers belong to the caller.
 #pragma once
@@ -36,9 +36,8 @@ struct Program {
   const LayerProgram* layers;
   const uint16_t* table;             // see Embed
   const float* final_norm;
-  const uint16_t* head;              // packed
-  int64_t num_layers, hidden, vocab;
-  float embedding_scale, final_eps, logit_softcap;  // softcap 0: none
+  int64_t num_layers, hidden;
+  float embedding_scale, final_eps;
   int32_t table_packed;
 };
 
@@ -50,15 +49,14 @@ struct StepInput {
   const int64_t* const* slots;       // per KV group: [tokens]
   const int32_t* const* block_tables;  // per KV group: [seqs, table_strides[g]]
   const int64_t* table_strides;
-  const int64_t* logit_rows;         // [num_logits]
   float* residual;                   // workspace [tokens, hidden]
   float* wide;                       // workspace [tokens, max of qkv width and hidden]
   uint16_t* narrow;                  // workspace [tokens, hidden]
   uint16_t* queries;                 // workspace [tokens, max heads * head_dim]
   uint16_t* attended;                // workspace like queries
   uint16_t* activated;               // workspace [tokens, max intermediate]
-  float* logits;                     // out [num_logits, vocab]
-  int64_t tokens, seqs, num_logits;
+  uint16_t* hidden;                  // out [tokens, hidden]
+  int64_t tokens, seqs;
 };
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step);
