@@ -116,7 +116,9 @@ def show_seconds(value: float | None) -> str:
     """A duration: milliseconds below a second."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+    if value < 1:
+        return f"{value * 1e3:.1f} ms"
+    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
 
 
 _EXAMPLE = "p99_ttft>500ms"

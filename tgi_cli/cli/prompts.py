@@ -45,24 +45,27 @@ async def calibrate(count: Callable[[str], Awaitable[int]], num_tokens: int, see
     `count` asks the server for the prompt tokens of a text. Raises `UsageError` when even one word
     is too long because of what the server adds, and whatever `count` raises.
     """
-    draw = random.Random(seed)
-    supply = draw.choices(_TEXT.split(), k=max(num_tokens, 1))
-    num_words, num_fillers = max(num_tokens, 1), 0
-    best: tuple[int, list[str], int] | None = None
-    for _ in range(_MEASUREMENTS):
+    supply = random.Random(seed).choices(_TEXT.split(), k=num_tokens)
+    num_words, num_fillers, filler_tokens = num_tokens, 0, 1.0
+    tried: dict[tuple[int, int], int] = {}
+    best: tuple[list[str], int] | None = None
+    while (num_words, num_fillers) not in tried and len(tried) < _MEASUREMENTS:
         words = supply[:num_words] + [_FILLER] * num_fillers
         measured = await count(" ".join(words))
         if measured < 1:
             raise RemoteError("the server counts no prompt tokens in `usage`", kind="bad answer")
-        distance = abs(measured - num_tokens)
-        if best is None or distance < best[0]:
-            best = (distance, words, measured)
-        if measured == num_tokens:
+        if best is None or abs(measured - num_tokens) < abs(best[1] - num_tokens):
+            best = (words, measured)
+        tried[num_words, num_fillers] = measured
+        missing = num_tokens - measured
+        without = tried.get((num_words, 0))
+        if num_fillers and without is not None:
+            filler_tokens = max((measured - without) / num_fillers, 0.5)
+        if missing == 0:
             break
-        if measured < num_tokens:
-            num_fillers += num_tokens - measured
-        elif num_fillers:
-            num_fillers = max(num_fillers - (measured - num_tokens), 0)
+        if missing > 0 or num_fillers:
+            step = round(missing / filler_tokens) or (1 if missing > 0 else -1)
+            num_fillers = max(num_fillers + step, 0)
         elif num_words == 1:
             raise UsageError(
                 f"--input-tokens is {num_tokens} but the server counts {measured} tokens for a "
@@ -71,7 +74,7 @@ async def calibrate(count: Callable[[str], Awaitable[int]], num_tokens: int, see
             )
         else:
             # Exact when words are one token each; else in proportion. Fillers make up the rest.
-            fewer = num_words - (measured - num_tokens)
+            fewer = num_words + missing
             num_words = fewer if fewer > 0 else max(num_words * num_tokens // measured, 1)
     assert best is not None
-    return Prompts(best[1], seed, best[2])
+    return Prompts(best[0], seed, best[1])

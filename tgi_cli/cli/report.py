@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -119,13 +120,13 @@ def summarize(
 
 def tables(summary: Summary) -> Group:
     """The report that people read."""
-    latencies = Table(title="latency", title_justify="left")
-    latencies.add_column("")
+    latencies = Table(title="latency", title_justify="left", box=box.SIMPLE, padding=0)
+    latencies.add_column("", no_wrap=True)
     for statistic in STATISTICS:
-        latencies.add_column(statistic, justify="right")
+        latencies.add_column(statistic, justify="right", no_wrap=True)
     for name, label in zip(
         LATENCIES,
-        ("time to first token", "inter-token latency", "time per output token", "end to end"),
+        ("first token (TTFT)", "between (ITL)", "per token (TPOT)", "end to end"),
         strict=True,
     ):
         distribution = getattr(summary, name)
@@ -136,7 +137,7 @@ def tables(summary: Summary) -> Group:
                 for stat in STATISTICS
             ),
         )
-    figures = Table(title="throughput", title_justify="left", show_header=False)
+    figures = Table(title="throughput", title_justify="left", show_header=False, box=box.SIMPLE)
     figures.add_column()
     figures.add_column(justify="right")
     for label, value in (
