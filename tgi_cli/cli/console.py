@@ -34,7 +34,8 @@ class Printer:
     @property
     def animated(self) -> bool:
         """Whether bars and live views may be drawn: stderr is a terminal and talk is wanted."""
-        return not self.quiet and self.console.is_terminal and not self.console.is_dumb_terminal
+        # Asked of the stream itself: Rich also takes a pipe for a terminal when FORCE_COLOR is set.
+        return not self.quiet and sys.stderr.isatty() and not self.console.is_dumb_terminal
 
     def data(self, text: str) -> None:
         """Write a result line to stdout, never coloured, so that it can be piped."""
