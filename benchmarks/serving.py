@@ -221,7 +221,7 @@ def servers(options: argparse.Namespace) -> list[Server]:
                 ],
                 "default",
                 {"ignore_eos": True},
-            )  # fmt: skip
+            )
         )
     return found
 
