@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -129,7 +130,8 @@ async def test_new_requests_are_refused_while_draining(server: LiveServer) -> No
         else:
             pytest.fail("a draining server kept accepting")
         interrupt(server, signal.SIGINT)  # in a hurry now
-        await stream.closed()
+        with contextlib.suppress(aiohttp.ClientError):
+            await stream.closed()
     assert server.process.wait(20) == 130
 
 
@@ -160,9 +162,8 @@ def test_children_follow_a_killed_supervisor(server: LiveServer) -> None:
 def test_endless_failures_end_the_server(model: Path) -> None:
     flags = ("--dtype", "float32", "--max-engine-restarts", "1")
     with LiveServer(model, *flags) as server:
-        first = server.child(ENGINE)
-        first.kill()
-        wait_until(lambda: gone([first]))
+        server.child(ENGINE).kill()
+        wait_until(lambda: "restarting it (1 of 1)" in server.stderr)
         server.wait_ready()
         family = server.family()
         server.child(ENGINE).kill()

@@ -80,9 +80,10 @@ class LiveServer:
         """The server's living processes, itself first."""
         try:
             parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
+            everyone = [parent, *parent.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+        return [process for process in everyone if not gone([process])]
 
     def child(self, module: str) -> psutil.Process:
         """The process that runs `module`."""
@@ -144,7 +145,13 @@ def wait_until(
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of these processes runs any more."""
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    for process in processes:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            continue
+    return True
 
 
 def interrupt(server: LiveServer, sign: signal.Signals) -> None:

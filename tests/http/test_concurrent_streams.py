@@ -27,8 +27,8 @@ def requests(count: int) -> list[dict[str, Any]]:
     rng = random.Random(0)
     return [
         {
-            "prompt": [rng.randrange(3, 512) for _ in range(rng.randrange(1, 120))],
-            "max_tokens": rng.randrange(1, 90),
+            "prompt": [rng.randrange(3, 512) for _ in range(rng.randrange(1, 100))],
+            "max_tokens": rng.randrange(1, 40),
             "temperature": rng.choice([0, 1]),
             "seed": number,
             "ignore_eos": True,

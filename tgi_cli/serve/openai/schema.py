@@ -15,6 +15,9 @@ from tgi_cli.errors import InvalidRequest, ModelNotFound
 from tgi_cli.sampling import MAX_SEED, SamplingParams
 from tgi_cli.serve.frontdoor import new_seed
 
+#: Names that stand for "the one model there is": TGI's, and huggingface_hub's for a bare URL.
+PLACEHOLDERS = ("tgi", "dummy")
+
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     """`stream_options`."""
@@ -147,8 +150,11 @@ def unsupported(field: str, instead: str | None = None) -> InvalidRequest:
 
 
 def check_model(name: str | None, served: str, model_id: str) -> None:
-    """Accept no name, `tgi`, the served name and the model's id. Raises `ModelNotFound`."""
-    if name not in (None, "", "tgi", served, model_id):
+    """Accept no name, the usual placeholders, the served name and the model's id.
+
+    Raises `ModelNotFound` for any other.
+    """
+    if name not in (None, "", *PLACEHOLDERS, served, model_id):
         raise ModelNotFound(
             f"the model `{name}` does not exist here; this server has `{served}`", param="model"
         )
