@@ -199,3 +199,15 @@ def test_a_row_that_failed_takes_its_blocks_out_of_the_cache() -> None:
     assert third.new_rows[0].request.id == "sharer"
     assert finish(scheduler, third)[0].token_ids == [0]
     scheduler.check_integrity()
+
+
+def test_blocks_filled_by_accepted_drafts_are_cached_at_the_end_too() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(ask([*range(5)], sampling=SamplingParams(max_tokens=4)))
+    for said, drafts in ([10], [11, 12]), ([11, 12, 13], []):
+        step = scheduler.schedule()
+        assert step is not None
+        row = RowOutput(row=step.rows[0].row, token_ids=said, draft_ids=drafts)
+        scheduler.update(step, StepOutput(step_id=step.id, rows=[row]))
+    assert not scheduler.has_work()
+    assert cached(scheduler, ask([*range(5), 10, 11, 12, 99])) == 8
