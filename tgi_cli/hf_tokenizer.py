@@ -1,9 +1,8 @@
 """The tokenizer of a Hugging Face model folder, from its JSON files alone.
 
 `tokenizer.json` is taken as it is; `tokenizer_config.json` and `special_tokens_map.json` add the
-special tokens it lacks and say whether BOS and EOS frame a text; `generation_config.json` and
-`config.json` say what ends an answer. A folder with only SentencePiece's `tokenizer.model` works
-too. Runs no code from the folder and needs no transformers.
+special tokens it lacks; `generation_config.json` and `config.json` say what ends an answer. With
+no `tokenizer.json`, SentencePiece's `tokenizer.model` is read. Runs no code from the folder.
 """
 
 from __future__ import annotations
@@ -44,11 +43,12 @@ def load_folder_tokenizer(folder: str) -> TokenizerSource:
             token_id = _first_id(generation, model_config, key=f"{role}_token_id")
         if token_id is not None:
             special_ids[role] = token_id
-    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
-    if not framed:
-        add_bos = True if add_bos is None else add_bos
-    if add_bos is not None or add_eos is not None:
-        _frame(tokenizer, special_ids, bool(add_bos), bool(add_eos))
+    if not framed:  # `tokenizer.json` says itself what frames a text, and it is right
+        frame_with_special_tokens(
+            tokenizer,
+            special_ids.get("bos") if config.get("add_bos_token", True) else None,
+            special_ids.get("eos") if config.get("add_eos_token", False) else None,
+        )
     ends = [special_ids["eos"]] if "eos" in special_ids else []
     for source in (generation, model_config, model_config.get("text_config") or {}):
         ends.extend(_ids(source.get("eos_token_id")))
@@ -173,15 +173,6 @@ def _named_token(tokenizer: Tokenizer, value: object) -> int | None:
     if all(token.content != content or not token.special for token in added):
         tokenizer.add_special_tokens([AddedToken(content, normalized=False, special=True)])
     return tokenizer.token_to_id(content)
-
-
-def _frame(tokenizer: Tokenizer, special_ids: dict[str, int], add_bos: bool, add_eos: bool) -> None:
-    """Make the framing what the configuration says; `tokenizer.json` keeps its own if it agrees."""
-    bos = special_ids.get("bos") if add_bos else None
-    eos = special_ids.get("eos") if add_eos else None
-    wanted = [token_id for token_id in (bos, eos) if token_id is not None]
-    if tokenizer.encode("", add_special_tokens=True).ids != wanted:
-        frame_with_special_tokens(tokenizer, bos, eos)
 
 
 def _chat_templates(folder: str, config: dict[str, Any]) -> dict[str, str]:
