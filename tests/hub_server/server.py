@@ -79,6 +79,7 @@ class Hub:
     piece: int = 1 << 16
     ranges: bool = True  # whether Range requests are honoured
     down: bool = False  # every request is answered 503
+    portal: bool = False  # every request is answered by a network's log-in page
     served: list[Served] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     most_at_once: int = 0
@@ -121,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         if self.hub.down:
             self._refuse(503, None)
+        elif self.hub.portal:
+            self._reply(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
         elif parts[0] == "storage":
             self._send_stored(parts[1])
         elif parts[:2] == ["api", "models"]:

@@ -97,6 +97,14 @@ def test_interrupted_download_resumes_in_the_next_run(
     assert kept in {answer.start for answer in hub.served if answer.name == SHARD}
 
 
+def test_two_processes_fetch_a_large_file_once(hub: Hub, client: Client, model: Repo) -> None:
+    hub.delay = 0.02
+    runs = [client.start("org/model") for _ in range(2)]
+    (first, _), (second, complaint) = (run.communicate(timeout=60) for run in runs)
+    assert first == second, complaint
+    assert hub.sent(SHARD) == model.files[SHARD].size
+
+
 def test_gives_up_on_a_server_that_sends_nothing(hub: Hub, client: Client, model: Repo) -> None:
     hub.cut_at[SHARD] = [0] * 50
     outcome = client.download("org/model")
@@ -129,6 +137,16 @@ def test_gated(hub: Hub, client: Client, model: Repo) -> None:
     with_token = client.download("org/model", HF_TOKEN=TOKEN)
     assert "this token's account has no access" in with_token.err
     assert not hub.served
+
+
+def test_a_name_from_the_server_is_no_path(hub: Hub, client: Client) -> None:
+    class Traversal(File):
+        sha256 = "../../../../escaped"
+
+    hub.repos["org/evil"] = Repo({"model.safetensors": Traversal(b"x" * 100, lfs=True)})
+    outcome = client.download("org/evil")
+    assert outcome.code == 1
+    assert not list(client.home.rglob("escaped*"))
 
 
 def test_private_needs_the_token_and_only_the_hub_sees_it(
@@ -186,6 +204,10 @@ def test_hub_out_of_order(hub: Hub, client: Client, model: Repo) -> None:
     outcome = client.download("org/model")
     assert outcome.code == 1
     assert "answered 503" in outcome.err
+    hub.down, hub.portal = False, True
+    outcome = client.download("org/model")
+    assert outcome.code == 1
+    assert f"error: {hub.url} does not answer like a hub" in outcome.err
 
 
 def test_disk_too_small_is_said_before_anything_is_fetched(

@@ -29,8 +29,10 @@ def test_local_gguf(tmp_path: Path) -> None:
     assert hub.resolve(str(file)) == file
     assert hub.resolve(str(tmp_path)) == file, "a folder with one GGUF model is that model"
     (tmp_path / "other-Q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelMissing, match="has 2 GGUF models"):
+    with pytest.raises(ModelMissing, match="has 2 GGUF models") as caught:
         hub.resolve(str(tmp_path))
+    assert f"{tmp_path}:QUANT" in (caught.value.hint or "")
+    assert hub.resolve(f"{tmp_path}:q8_0") == tmp_path / "other-Q8_0.gguf"
 
 
 @pytest.mark.parametrize(
