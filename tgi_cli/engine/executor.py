@@ -20,7 +20,7 @@ from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan
 from tgi_cli.engine.messages import ModelFacts
 from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
-from tgi_cli.kernels.backend import Backend, select
+from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.decoder import Decoder
 
@@ -103,7 +103,7 @@ class LocalExecutor:
         )
         report("warming up", None)
         runner.warm_up(config.scheduler.max_batch_tokens, config.scheduler.max_num_seqs)
-        return cls(runner, planned, _facts(config, checkpoint, backend, planned, path))
+        return cls(runner, planned, _facts(config, checkpoint, runner, planned, path))
 
     def submit(self, step: Step) -> None:
         """Run the model over the step."""
@@ -123,7 +123,7 @@ class LocalExecutor:
 def _facts(
     config: EngineConfig,
     checkpoint: Checkpoint,
-    backend: Backend,
+    runner: ModelRunner,
     planned: MemoryPlan,
     path: Path,
 ) -> ModelFacts:
@@ -135,10 +135,10 @@ def _facts(
         architecture=checkpoint.architecture,
         dtype=dtype,
         kv_cache_dtype=dtype,
-        device=backend.device.type,
-        backend=backend.name,
+        device=planned.device,
+        backend=runner.kernels,
         quantization=None if checkpoint.format.name == "dense" else checkpoint.format.name,
-        deterministic=backend.deterministic,
+        deterministic=runner.deterministic,
         vocab_size=checkpoint.vocab_size,
         max_model_len=planned.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,

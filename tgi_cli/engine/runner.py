@@ -68,7 +68,11 @@ class ModelRunner:
         sampler: Sampler | None = None,
     ) -> None:
         self._decoder = decoder
-        self._forward = backend.plan(decoder) or decoder.forward
+        native = backend.plan(decoder)
+        self._forward = native or decoder.forward
+        #: Name of the kernels that run the decoder, and whether they keep promise one.
+        self.kernels = native.name if native else f"torch-{backend.device.type}"
+        self.deterministic = native is not None
         self._kv_cache = kv_cache
         self._history = TokenHistory(max_rows, max_len, decoder.spec.vocab_size)
         self._sampler = sampler or Sampler(backend.ops, max_rows)

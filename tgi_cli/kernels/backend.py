@@ -6,7 +6,8 @@ takes a decoder only to hand it to native code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,11 @@ from torch import Tensor
 
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
+from tgi_cli.kernels.cpu.library import Library, load
+from tgi_cli.kernels.cpu.program import NativeStep, reason_against
 from tgi_cli.kernels.ops import Ops
+
+log = logging.getLogger(__name__)
 
 #: Names every backend answers to, in the order of the Protocol.
 OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))
@@ -27,13 +32,18 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """`deterministic` says whether promise one holds: equal bits however a batch is composed."""
+    """`deterministic` says whether promise one holds: equal bits however a batch is composed.
+
+    It holds for decoders that `plan` has a native program for. `native` is the library of CPU
+    kernels, None where it is not built or not for this CPU.
+    """
 
     name: str
     device: torch.device
     ops: Ops
     deterministic: bool
     num_threads: int
+    native: Library | None = None
 
     def free_memory(self) -> int:
         """Bytes this process can still take, by the container's limit where that is lower."""
@@ -61,12 +71,21 @@ class Backend:
             torch.zeros(shape, dtype=dtype, device=self.device),
         )
 
-    def plan(self, decoder: object) -> Callable[..., Tensor] | None:
+    def plan(self, decoder: Any) -> NativeStep | None:
         """A native program for a whole step of `decoder`, or None to run its Python composition.
 
-        Plain torch has none: every step runs through the composition, which stays the oracle.
+        The program repacks the decoder's matrices in place and has threads of its own; torch is
+        left with one. Why there is none for a decoder is logged.
         """
-        return None
+        if self.native is None:
+            return None
+        reason = reason_against(decoder)
+        if reason is not None:
+            log.warning("the native kernels are not used for this model: %s", reason)
+            return None
+        context = self.native.context(self.native.variants()[0], self.num_threads)
+        torch.set_num_threads(1)
+        return NativeStep(context, decoder)
 
 
 def merge(*tables: Mapping[str, Any]) -> Ops:
@@ -104,12 +123,15 @@ def select(device: str = "auto", *, num_threads: int | None = None) -> Backend:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     on_gpu = has_cuda and device != "cpu"
+    native = None if on_gpu else load()
+    variants = native.variants() if native else []
     return Backend(
-        name="torch-cuda" if on_gpu else "torch-cpu",
+        name=f"native-{variants[0]}" if variants else "torch-cuda" if on_gpu else "torch-cpu",
         device=torch.device("cuda" if on_gpu else "cpu"),
         ops=merge(vars(reference)),
-        deterministic=False,
-        num_threads=torch.get_num_threads(),
+        deterministic=bool(variants),
+        num_threads=num_threads or torch.get_num_threads(),
+        native=native if variants else None,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import weakref
 from pathlib import Path
 
 from torch import Tensor
@@ -231,6 +232,7 @@ class Context:
         self.handle = ctypes.c_void_p(handle)
         self.variant = variant
         self.num_threads = num_threads
+        self._finalize = weakref.finalize(self, dll.tgi_close, self.handle)
 
     def call(self, name: str, arguments: ctypes.Structure) -> None:
         """Run `tgi_<name>(context, &arguments)`."""
@@ -247,7 +249,7 @@ class Context:
 
     def close(self) -> None:
         """End the pool's threads; the context must not be used afterwards."""
-        self._dll.tgi_close(self.handle)
+        self._finalize()
 
 
 def load() -> Library | None:

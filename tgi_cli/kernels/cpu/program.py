@@ -30,7 +30,9 @@ _MAX_HEAD_DIM = 512
 
 def reason_against(decoder: Any) -> str | None:
     """Why this decoder has no native program, or None if it has one."""
-    spec = decoder.spec
+    spec = getattr(decoder, "spec", None)
+    if spec is None:
+        return "it is no composed decoder"
     if decoder.embedding is None or decoder.head is None:
         return "it is an inner stage of a pipeline"
     if decoder.embedding.table.dtype != torch.bfloat16:
@@ -53,6 +55,7 @@ class NativeStep:
 
     def __init__(self, context: Context, decoder: Any) -> None:
         self._context = context
+        self.name = f"native-{context.variant}"
         self._spec = spec = decoder.spec
         self._kept: list[Tensor] = []  # what the program points to
         self._layers = (LayerProgram * len(spec.layers))()
