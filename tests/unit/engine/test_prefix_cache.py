@@ -127,6 +127,14 @@ def test_deeper_blocks_are_evicted_before_their_parents() -> None:
     assert cached(scheduler, ask([*range(20)])) == 12
 
 
+def test_blocks_that_hold_nothing_to_hit_are_used_before_cached_ones() -> None:
+    scheduler = make_scheduler(KVGroupLayout(window=None, num_blocks=5))
+    complete(scheduler, ask([*range(12)]))  # 3 of 4 blocks stay cached
+    for number in range(5):
+        complete(scheduler, ask([50 + number] * 3))  # less than a block
+    assert cached(scheduler, ask([*range(12), 99])) == 12
+
+
 def window_case(num_blocks: int = 65, window: int = 5) -> Scheduler:
     return make_scheduler(FULL, KVGroupLayout(window=window, num_blocks=num_blocks), budget=8)
 

@@ -375,6 +375,19 @@ def test_waiting_ones_never_preempt_and_the_head_is_not_overtaken() -> None:
     assert bench.scheduler.stats().preemptions == 0
 
 
+def test_nobody_is_let_in_only_to_be_preempted() -> None:
+    bench = Bench(num_blocks=4)
+    bench.add("a", 7, max_tokens=5)
+    bench.run()
+    bench.add("b", 3)  # there is a block for it, which a will want
+    admitted = []
+    for _ in range(5):
+        step, _ = bench.run()
+        admitted.append(len(step.new_rows))
+    assert admitted == [0, 0, 0, 0, 1]
+    assert bench.scheduler.stats().preemptions == 0
+
+
 def test_memory_is_taken_from_the_tenant_that_was_served_most() -> None:
     bench = Bench(num_blocks=9)
     bench.add("a", 3, tenant="x")
