@@ -19,17 +19,26 @@ from tests.http.live import ENGINE, WORKER, LiveServer, gone, interrupt, wait_un
 
 #: Long enough that a stream is still open when the fault comes.
 LONG = {"prompt": "one two", "max_tokens": 15000, "ignore_eos": True, "stream": True}
+FLAGS = ("--dtype", "float32", "--kv-cache-tokens", "70000")
 SHORT = {"prompt": "one two", "max_tokens": 5}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("llama", max_position_embeddings=16384)
 
 
+@pytest.fixture(scope="module")
+def lasting(model: Path) -> Iterator[LiveServer]:
+    """A server that the tests leave in good health."""
+    with LiveServer(model, *FLAGS) as server:
+        yield server
+
+
 @pytest.fixture
-def server(model: Path) -> Iterator[LiveServer]:
-    with LiveServer(model, "--dtype", "float32", "--kv-cache-tokens", "70000") as server:
+def mortal(model: Path) -> Iterator[LiveServer]:
+    """A server that the test ends."""
+    with LiveServer(model, *FLAGS) as server:
         yield server
 
 
@@ -53,7 +62,7 @@ class OpenStream:
             while not self.events:
                 await asyncio.sleep(0.01)
 
-    async def closed(self, timeout: float = 30) -> None:
+    async def closed(self, timeout: float = 60) -> None:
         await asyncio.wait_for(self._task, timeout)
 
 
@@ -64,61 +73,85 @@ async def open_streams(session: aiohttp.ClientSession, count: int) -> list[OpenS
     return streams
 
 
-async def test_engine_killed_in_mid_stream(server: LiveServer) -> None:
-    async with aiohttp.ClientSession(server.url) as session:
+def test_idle_server_uses_no_cpu(lasting: LiveServer) -> None:
+    assert lasting.post("/v1/completions", SHORT)[0] == 200
+
+    def busy() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in lasting.family())
+
+    before = busy()
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(lasting.process.pid).wait(timeout=2)
+    assert busy() - before < 0.06
+
+
+async def test_engine_killed_in_mid_stream(lasting: LiveServer) -> None:
+    async with aiohttp.ClientSession(lasting.url) as session:
         streams = await open_streams(session, 4)
-        server.child(ENGINE).kill()
+        lasting.child(ENGINE).kill()
         for stream in streams:
             await stream.closed()
             assert "SIGKILL" in stream.events[-1]["error"]["message"]
             assert "error" not in stream.events[0]
-    status, body = server.get("/health")
+    status, body = lasting.get("/health")
     assert status == 503
     assert "restarting" in body["error"] or "SIGKILL" in body["error"]
-    server.wait_ready()
-    assert server.post("/v1/completions", SHORT)[0] == 200
-    assert server.metrics()["tgi_engine_restarts_total"] == 1
-    assert "restarting it (1 of 3)" in server.stderr
+    lasting.wait_ready()
+    assert lasting.post("/v1/completions", SHORT)[0] == 200
+    assert lasting.metrics()["tgi_engine_restarts_total"] == 1
+    assert "restarting it (1 of 3)" in lasting.stderr
 
 
-async def test_hung_engine_is_killed(model: Path) -> None:
-    with LiveServer(model, "--dtype", "float32", "--step-timeout", "3") as server:
+def test_http_worker_is_replaced(lasting: LiveServer) -> None:
+    lasting.child(WORKER).kill()
+    wait_until(lambda: any(WORKER in p.cmdline() for p in lasting.family()[1:]))
+    lasting.wait_ready()
+    assert lasting.post("/v1/completions", SHORT)[0] == 200
+
+
+async def test_hung_engine_with_two_http_workers(model: Path) -> None:
+    with LiveServer(model, *FLAGS, "--step-timeout", "5", "--http-workers", "2") as server:
+        assert len([p for p in server.family() if WORKER in p.cmdline()]) == 2
+        for _ in range(6):
+            assert server.post("/v1/completions", SHORT)[0] == 200
+        assert all("worker=" in name for name in server.metrics())
         async with aiohttp.ClientSession(server.url) as session:
-            (stream,) = await open_streams(session, 1)
+            streams = await open_streams(session, 4)
             hung = server.child(ENGINE)
             hung.send_signal(signal.SIGSTOP)
-            await stream.closed()
-            assert "sign of life" in stream.events[-1]["error"]["message"]
+            for stream in streams:
+                await stream.closed()
+                assert "sign of life" in stream.events[-1]["error"]["message"]
         wait_until(lambda: gone([hung]))
         server.wait_ready()
 
 
-async def test_sigterm_loses_no_accepted_answer(server: LiveServer) -> None:
-    body = {**LONG, "max_tokens": 600}
-    async with aiohttp.ClientSession(server.url) as session:
+async def test_sigterm_loses_no_accepted_answer(mortal: LiveServer) -> None:
+    body = {**LONG, "max_tokens": 120}
+    async with aiohttp.ClientSession(mortal.url) as session:
         streams = [OpenStream(session, body) for _ in range(8)]
         whole = asyncio.create_task(session.post("/v1/completions", json={**body, "stream": False}))
         for stream in streams:
             await stream.begun()
-        family = server.family()
-        interrupt(server, signal.SIGTERM)
+        family = mortal.family()
+        interrupt(mortal, signal.SIGTERM)
         for stream in streams:
             await stream.closed()
             assert stream.events[-1] == "[DONE]"
             assert stream.events[-2]["choices"][0]["finish_reason"] == "length"
         async with await whole as response:
             assert response.status == 200
-            assert (await response.json())["usage"]["completion_tokens"] == 600
-    assert server.process.wait(20) == 0
+            assert (await response.json())["usage"]["completion_tokens"] == 120
+    assert mortal.process.wait(20) == 0
     wait_until(lambda: gone(family))
 
 
-async def test_new_requests_are_refused_while_draining(server: LiveServer) -> None:
-    async with aiohttp.ClientSession(server.url) as session:
+async def test_new_requests_are_refused_while_draining(mortal: LiveServer) -> None:
+    async with aiohttp.ClientSession(mortal.url) as session:
         (stream,) = await open_streams(session, 1)
         async with session.get("/health") as response:
             assert response.status == 200
-        interrupt(server, signal.SIGTERM)
+        interrupt(mortal, signal.SIGTERM)
         for _ in range(1000):
             try:
                 async with session.post("/v1/completions", json=SHORT) as response:
@@ -129,10 +162,10 @@ async def test_new_requests_are_refused_while_draining(server: LiveServer) -> No
                 break
         else:
             pytest.fail("a draining server kept accepting")
-        interrupt(server, signal.SIGINT)  # in a hurry now
+        interrupt(mortal, signal.SIGINT)  # in a hurry now
         with contextlib.suppress(aiohttp.ClientError):
             await stream.closed()
-    assert server.process.wait(20) == 130
+    assert mortal.process.wait(20) == 130
 
 
 async def test_drain_has_an_end(model: Path) -> None:
@@ -145,17 +178,10 @@ async def test_drain_has_an_end(model: Path) -> None:
         assert server.process.wait(20) == 0
 
 
-def test_http_worker_is_replaced(server: LiveServer) -> None:
-    server.child(WORKER).kill()
-    wait_until(lambda: any(WORKER in p.cmdline() for p in server.family()[1:]))
-    server.wait_ready()
-    assert server.post("/v1/completions", SHORT)[0] == 200
-
-
-def test_children_follow_a_killed_supervisor(server: LiveServer) -> None:
-    family = server.family()
-    server.process.kill()
-    server.process.wait()
+def test_children_follow_a_killed_supervisor(mortal: LiveServer) -> None:
+    family = mortal.family()
+    mortal.process.kill()
+    mortal.process.wait()
     wait_until(lambda: gone(family[1:]))
 
 
@@ -192,24 +218,3 @@ def test_taken_port(model: Path) -> None:
             assert server.process.wait(30) == 1
             assert f"port {port} on 127.0.0.1 is already in use" in server.stderr
             assert "--port 0" in server.stderr
-
-
-def test_two_http_workers(model: Path) -> None:
-    with LiveServer(model, "--dtype", "float32", "--http-workers", "2") as server:
-        assert len([p for p in server.family() if WORKER in p.cmdline()]) == 2
-        for _ in range(6):
-            assert server.post("/v1/completions", SHORT)[0] == 200
-        assert all("worker=" in name for name in server.metrics())
-
-
-def test_idle_server_uses_no_cpu(server: LiveServer) -> None:
-    assert server.post("/v1/completions", SHORT)[0] == 200
-
-    def busy() -> float:
-        return sum(sum(p.cpu_times()[:2]) for p in server.family())
-
-    psutil.wait_procs([], timeout=0)
-    before = busy()
-    with pytest.raises(psutil.TimeoutExpired):
-        psutil.Process(server.process.pid).wait(timeout=2)
-    assert busy() - before < 0.06
