@@ -215,3 +215,21 @@ def test_work_is_linear_in_the_answer(tokenizers: dict[str, Tokenizer]) -> None:
         assert len(stream._held) <= 3
         assert len(stream._held_from) <= 3
     assert total + len(stream.finish()) == 5000
+
+
+@pytest.mark.parametrize(
+    ("stops", "stopped", "text"),
+    [
+        (("the", "h"), "h", " t"),  # complete first, though it begins later
+        (("e", "he", "the"), "the", " "),  # complete together: the longest
+        (("the", "the"), "the", " "),
+        (("", "e"), "e", " th"),
+    ],
+)
+def test_several_stops_in_one_token(
+    tokenizers: dict[str, Tokenizer], stops: tuple[str, ...], stopped: str, text: str
+) -> None:
+    tokenizer = tokenizers["byte level"]
+    (word,) = tokenizer.encode(" the", add_special_tokens=False)
+    delta = Detokenizer(tokenizer, (), stop=stops).push([word])
+    assert (delta.text, delta.stopped, delta.stop_span) == (text, stopped, (0, 0))
