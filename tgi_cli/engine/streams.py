@@ -58,8 +58,9 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._open)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._open
+    def open_streams(self) -> list[OpenStream]:
+        """The open answers, with their requests and the tokens received for them."""
+        return list(self._open.values())
 
     def feed(self, deltas: list[Delta]) -> None:
         """Hand deltas to their readers; those of answers that were left are dropped."""
