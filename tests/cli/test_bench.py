@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.cli.scripted_server import ScriptedServer, running
 from tests.cli.terminal import Terminal
@@ -22,6 +24,7 @@ from tgi_cli.cli.bench_result import shown_command
 from tgi_cli.cli.conditions import (
     REQUEST_METRICS,
     RUN_METRICS,
+    STATISTICS,
     Condition,
     parse_condition,
     show_value,
@@ -29,7 +32,7 @@ from tgi_cli.cli.conditions import (
 from tgi_cli.cli.load import Load, LoadPlan, RequestRecord
 from tgi_cli.cli.openai_client import OpenAIClient
 from tgi_cli.cli.prompts import calibrate
-from tgi_cli.cli.report import Distribution, remarks, summarize
+from tgi_cli.cli.report import Distribution, remarks, summarize, tables
 from tgi_cli.errors import RemoteError, UsageError
 
 
@@ -105,6 +108,15 @@ def test_every_metric_a_condition_can_name_exists() -> None:
     empty = summarize([], duration=1.0)
     assert empty.metric("p99_ttft") is None
     assert empty.metric("error_rate") is None
+
+
+def test_the_tables_fit_a_narrow_terminal() -> None:
+    slow = [record(n, ttft=0.9876, e2e=98.76, itl=[0.5432], completion_tokens=2) for n in range(3)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables(summarize(slow, duration=1.0)))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert shown.count("987.6 ms") == len(STATISTICS)
 
 
 # conditions
@@ -349,7 +361,7 @@ def test_a_whole_run_gives_tables_and_json(server: ScriptedServer, tmp_path: Pat
         *("--slo", "e2e>1ms", "--fail-if", "p99_ttft>600s", "--fail-if", "error_rate>0%"),
     )
     assert done.returncode == 0, done.stderr
-    assert "first token (TTFT)" in done.stdout
+    assert "TTFT" in done.stdout
     assert "…" not in done.stdout
     assert "240 (40 each)" in done.stdout
     assert "passed: not p99_ttft>600s" in done.stderr

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,8 +15,6 @@ from rich.console import Console
 from tests.cli.scripted_server import ScriptedServer, running
 from tgi_cli.cli.chat_answer import ask
 from tgi_cli.cli.chat_session import AnswerStats, ChatSession, Message
-from tgi_cli.cli.console import Printer
-from tgi_cli.cli.local_server import LocalServer
 from tgi_cli.cli.markdown_stream import MarkdownStream, finished_length
 from tgi_cli.cli.openai_client import EventStream, OpenAIClient, base_url, read_chunk
 from tgi_cli.errors import RemoteError, TgiError, UsageError
@@ -102,6 +100,26 @@ def test_a_wrong_key_and_a_broken_stream_are_told(server: ScriptedServer) -> Non
     assert cut.returncode == 1
     assert cut.stdout == b"The answer \n"
     assert b"the connection to" in cut.stderr
+
+
+def test_ctrl_c_ends_a_single_answer_with_130(server: ScriptedServer) -> None:
+    server.text, server.delay = "endless " * 1000, 0.05
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "tgi_cli", "chat", "hi", "--url", server.url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert server.streaming.wait(30)
+    assert asking.stdout is not None
+    first = os.read(asking.stdout.fileno(), 100)
+    asking.send_signal(signal.SIGINT)
+    out, err = asking.communicate(timeout=30)
+    assert asking.returncode == 130
+    assert (first + out).startswith(b"endless ")
+    assert (first + out).endswith(b" \n")
+    assert err == b"interrupted\n"
+    assert server.disconnected.wait(10)
 
 
 async def test_an_answer_is_kept_with_its_counts_and_times(server: ScriptedServer) -> None:
@@ -236,22 +254,3 @@ def test_markdown_is_complete_whatever_the_pieces() -> None:
     shown = console.export_text()
     for word in ("Title", "Some words.", "code", "more", "• a", "• b"):
         assert word in shown
-
-
-def test_our_own_server_that_cannot_start_says_why() -> None:
-    with (
-        pytest.raises(TgiError, match="no-such-folder"),
-        LocalServer("/no-such-folder/model", Printer()),
-    ):
-        pass
-
-
-def test_our_own_server_answers_and_ends_with_the_chat(
-    tiny_checkpoint: Callable[..., Path],
-) -> None:
-    with LocalServer(str(tiny_checkpoint("llama")), Printer(), ["--dtype", "float32"]) as server:
-        process: Any = server._process
-        done = chat("hi", "--url", server.url, "--api-key", server.api_key, "--max-tokens", "3")
-        assert done.returncode == 0, done.stderr
-        assert chat("hi", "--url", server.url).returncode == 1  # without the key
-    assert process.returncode == 0

@@ -167,6 +167,14 @@ def test_show_config_reads_the_environment_and_masks_secrets() -> None:
     assert "--waiting-served-ratio has no effect" in shown.stderr
 
 
+def test_env_puts_the_report_of_tgi_env_on_stderr() -> None:
+    shown = run("--model-id", "m", "--show-config", ENV="true")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["engine"]["model"]["model_id"] == "m"
+    assert "deterministic" in shown.stderr
+    assert run("--model-id", "m", "--show-config", ENV="production").stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -34,9 +34,10 @@ class Prompts:
 
     def prompt(self, index: int) -> str:
         """The words in the order of `index`."""
-        words = list(self._words)
-        random.Random(f"{self._seed}/{index}").shuffle(words)
-        return " ".join(words)
+        # The first word stays: without a space before it, it may be another number of tokens.
+        first, *others = self._words
+        random.Random(f"{self._seed}/{index}").shuffle(others)
+        return " ".join([first, *others])
 
 
 async def calibrate(count: Callable[[str], Awaitable[int]], num_tokens: int, seed: int) -> Prompts:

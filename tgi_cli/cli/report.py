@@ -17,6 +17,8 @@ from rich.table import Table
 from tgi_cli.cli.conditions import LATENCIES, STATISTICS, Condition, show_seconds
 from tgi_cli.cli.load import RequestRecord
 
+_LEGEND = "latency to the first token (TTFT), between pieces (ITL), per later token (TPOT)"
+
 
 class Distribution(msgspec.Struct, frozen=True):
     """Statistics of one latency, in seconds; percentiles interpolate linearly."""
@@ -120,13 +122,13 @@ def summarize(
 
 def tables(summary: Summary) -> Group:
     """The report that people read."""
-    latencies = Table(title="latency", title_justify="left", box=box.SIMPLE, padding=0)
+    latencies = Table(title=_LEGEND, title_justify="left", box=box.SIMPLE, padding=0)
     latencies.add_column("", no_wrap=True)
     for statistic in STATISTICS:
         latencies.add_column(statistic, justify="right", no_wrap=True)
     for name, label in zip(
         LATENCIES,
-        ("first token (TTFT)", "between (ITL)", "per token (TPOT)", "end to end"),
+        ("TTFT", "ITL", "TPOT", "end to end"),
         strict=True,
     ):
         distribution = getattr(summary, name)
