@@ -110,7 +110,12 @@ def test_http_worker_is_replaced(lasting: LiveServer) -> None:
 
 
 async def test_hung_engine_with_two_http_workers(model: Path) -> None:
-    with LiveServer(model, *FLAGS, "--step-timeout", "5", "--http-workers", "2") as server:
+    flags = (*FLAGS, "--step-timeout", "5", "--http-workers", "2")
+    with LiveServer(model, *flags, ready=False) as server:
+        status, body = server.get("/health")  # the port is open before anything is loaded
+        assert status == 503
+        assert body["error"].split()[0] in ("starting", "loading", "warming")
+        server.wait_ready()
         assert len([p for p in server.family() if WORKER in p.cmdline()]) == 2
         for _ in range(6):
             assert server.post("/v1/completions", SHORT)[0] == 200
@@ -207,6 +212,13 @@ def test_failed_start_leaves_nothing(tmp_path: Path) -> None:
         assert "error: " in stderr
         assert "Traceback" not in stderr
         wait_until(lambda: gone(family))
+
+
+def test_limits_beyond_the_model_end_the_start(model: Path) -> None:
+    with LiveServer(model, *FLAGS, "--max-total-tokens", "20000", ready=False) as server:
+        assert server.process.wait(60) == 2
+        assert "error: --max-total-tokens 20000 is more than the 16384 tokens" in server.stderr
+        assert "hint: use --max-total-tokens 16384" in server.stderr
 
 
 def test_taken_port(model: Path) -> None:

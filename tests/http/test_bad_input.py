@@ -10,6 +10,8 @@ from tests.http.conftest import Serve, Site
 from tgi_cli.chat_template import ChatTemplate
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR
+from tgi_cli.serve.openai.schema import ChatRequest, CompletionRequest
+from tgi_cli.serve.tgi.schema import GenerateRequest, Parameters
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -237,12 +239,32 @@ async def test_missing_template(serve: Serve) -> None:
     assert "no chat template" in openai_message(body)
 
 
-async def test_no_500_from_odd_values(site: Site) -> None:
-    """Whatever type a field is given, the answer is a refusal or a reply, never a crash."""
-    values: list[Any] = [None, True, -1, 0, 2**63, 2**64, 1e300, "", "x", [], [None], {}, {"a": 1}]
-    fields = ["messages", "model", "max_tokens", "temperature", "seed", "stop", "logit_bias", "n"]
-    fields += ["tools", "user", "stream_options", "chat_template_kwargs", "logprobs", "priority"]
-    for field in fields:
-        for value in values:
-            status, body, _ = await site.post(CHAT, {"messages": MESSAGES, field: value})
-            assert status in (200, 400, 404), (field, value, body)
+ODD_VALUES: list[Any] = [
+    *(None, True, -1, 0, 2**63, 2**64, 1e300, "", "x", "\0", [], [None], {}, {"a": 1}, [[[]]])
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "fields"),
+    [
+        (CHAT, {"messages": MESSAGES}, set(ChatRequest.__struct_fields__)),
+        (COMPLETIONS, {"prompt": "x"}, set(CompletionRequest.__struct_fields__)),
+        (GENERATE, {"inputs": "x"}, set(GenerateRequest.__struct_fields__)),
+    ],
+)
+async def test_odd_values_never_crash(
+    site: Site, path: str, good: dict[str, Any], fields: set[str]
+) -> None:
+    """Whatever a field is given, the answer is a refusal or a reply."""
+    for field in sorted(fields - {"stream"}):
+        for value in ODD_VALUES:
+            status, body, _ = await site.post(path, {**good, field: value})
+            assert status in (200, 400, 404, 422), (field, value, body)
+
+
+async def test_odd_parameters_never_crash(site: Site) -> None:
+    for field in Parameters.__struct_fields__:
+        for value in ODD_VALUES:
+            body = {"inputs": "x", "parameters": {field: value}}
+            status, answer, _ = await site.post(GENERATE, body)
+            assert status in (200, 422), (field, value, answer)

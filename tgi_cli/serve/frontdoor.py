@@ -73,7 +73,8 @@ class FrontDoor:
         self.client = client
         self.config = config
         self.metrics = metrics
-        self.admission = Admission(config.max_concurrent_requests)
+        # Workers know nothing of each other: each admits its share of the whole.
+        self.admission = Admission(-(-config.max_concurrent_requests // config.http_workers))
         self.draining = False
         self._open: tuple[Texts, Limits, ModelFacts] | None = None
         self._pool = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validate")

@@ -36,14 +36,13 @@ from tgi_cli.engine.messages import (
     WorkerStart,
 )
 from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
-from tgi_cli.serve.child import Child, how_it_ended
+from tgi_cli.serve.child import BACKLOG, Child, how_it_ended
 
 log = logging.getLogger(__name__)
 
 _RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` counts
 _MAX_WORKER_RESTARTS = 10
 _EXIT_PATIENCE = 5.0  # seconds for a child to leave after its channel closed
-_BACKLOG = 1024
 
 _decode = msgspec.msgpack.Decoder(Status).decode
 
@@ -297,7 +296,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         raise _listen_error(host, port, error) from None

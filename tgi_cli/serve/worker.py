@@ -37,6 +37,7 @@ from tgi_cli.engine.messages import (
 from tgi_cli.engine.process_client import ProcessClient
 from tgi_cli.errors import TemplateFailed, TgiError
 from tgi_cli.serve.app import build_app
+from tgi_cli.serve.child import BACKLOG
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
 from tgi_cli.tokenizer import load_tokenizer
@@ -71,7 +72,7 @@ class Worker:
             self._app, handler_cancellation=True, access_log=None, shutdown_timeout=_FAREWELL
         )
         await runner.setup()
-        self._site = web.SockSite(runner, self._listener)
+        self._site = web.SockSite(runner, self._listener, backlog=BACKLOG)
         await self._site.start()
         listening = asyncio.create_task(self._follow(reader, writer))
         finished = asyncio.create_task(self._finished.wait())
