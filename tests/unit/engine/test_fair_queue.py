@@ -109,7 +109,8 @@ def test_who_was_served_more_than_the_others_does_not_forget_it_by_leaving() -> 
 def test_users_share_their_tenants_part_and_no_more() -> None:
     queue = FairQueue()
     arrive = Arrivals(queue)
-    crowd = [arrive("a", user=f"u{i % 3}") for i in range(30)]
+    crowd = [arrive("a", user="u0") for _ in range(20)]
+    crowd += [arrive("a", user=f"u{i % 2 + 1}") for i in range(10)]
     single = [arrive("b") for _ in range(10)]
     order = []
     for _ in range(20):
@@ -117,7 +118,7 @@ def test_users_share_their_tenants_part_and_no_more() -> None:
         queue.charge(order[-1], prompt_tokens=1)
     assert sum(s in single for s in order) == 10
     users = [s.account[1] for s in order if s in crowd]
-    assert max(users.count(u) for u in set(users)) - min(users.count(u) for u in set(users)) <= 1
+    assert sorted(users.count(user) for user in ("u0", "u1", "u2")) == [3, 3, 4]
 
 
 def test_a_preempted_sequence_goes_before_its_tenants_others() -> None:
@@ -231,3 +232,26 @@ def test_weights_two_to_one_give_service_two_to_one() -> None:
             served[request_id[0]] += lengths[request_id]
             live[request_id[0]] -= 1
     assert 1.9 < served["a"] / served["b"] < 2.1
+
+
+def test_the_charge_is_prompt_tokens_computed_once_and_outputs_twice() -> None:
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=2, max_batch_tokens=6),
+        groups=[KVGroupLayout(window=None, num_blocks=50)],
+        block_size=4,
+        max_model_len=100,
+    )
+    sampling = SamplingParams(max_tokens=20)
+    scheduler.add(Request(id="a", prompt_ids=[1] * 11, sampling=sampling, tenant="a"))
+    drive(scheduler)
+    drive(scheduler)
+    (first,) = scheduler._running
+    assert scheduler._queue.counter(first) == 11 + 2
+    scheduler._preempt(first)
+    drive(scheduler)  # hits 8 tokens and computes the other 4 again
+    assert scheduler._queue.counter(first) == 11 + 2 + 2
+    scheduler.abort("a")  # all idle: everyone starts from nothing
+    scheduler.add(Request(id="b", prompt_ids=[1] * 11, sampling=sampling, tenant="a"))
+    drive(scheduler)
+    (second,) = scheduler._running
+    assert scheduler._queue.counter(second) == 3 + 2  # what was found costs nothing

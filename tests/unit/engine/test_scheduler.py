@@ -375,6 +375,18 @@ def test_waiting_ones_never_preempt_and_the_head_is_not_overtaken() -> None:
     assert bench.scheduler.stats().preemptions == 0
 
 
+def test_nobody_is_let_in_by_the_step_that_puts_someone_out() -> None:
+    bench = Bench(num_blocks=6)
+    bench.add("a", 7)
+    bench.add("b", 10)
+    bench.run()
+    bench.run()
+    bench.add("c", 1, tenant="y")
+    step, _ = bench.run()  # a takes one of b's three blocks; the others would do for c
+    assert bench.scheduler.stats().preemptions == 1
+    assert (len(step.rows), step.new_rows) == (1, [])
+
+
 def test_nobody_is_let_in_only_to_be_preempted() -> None:
     bench = Bench(num_blocks=4)
     bench.add("a", 7, max_tokens=5)
