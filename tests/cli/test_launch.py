@@ -232,6 +232,11 @@ def test_limits_that_contradict_each_other_are_named(flags: dict[str, str], sent
     assert refused.value.message == sentence
 
 
+def test_a_chat_template_may_be_given_itself() -> None:
+    template = "{{ messages[0].content }}"
+    assert configure({"--chat-template": template}).server.chat_template == template
+
+
 def test_the_alias_is_open_to_the_network_and_a_variable_still_wins() -> None:
     resolution = resolve(SETTINGS, {"--model-id": "m"}, {})
     assert build(SETTINGS, resolution, default_host="0.0.0.0").server.host == "0.0.0.0"

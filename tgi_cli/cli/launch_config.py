@@ -127,5 +127,6 @@ def _check_limits(config: LaunchConfig, sources: dict[str, str]) -> None:
 def _check_files(server: ServerConfig, sources: dict[str, str]) -> None:
     for name in ("tokenizer_config_path", "chat_template"):
         path = getattr(server, name)
-        if path is not None and not Path(path).is_file():
+        template_itself = name == "chat_template" and path is not None and "{" in path
+        if path is not None and not template_itself and not Path(path).is_file():
             raise UsageError(f"{sources[name]} names {path}, which is not a file")

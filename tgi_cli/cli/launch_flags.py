@@ -266,7 +266,7 @@ WORKING = (
         _own(
             "chat_template",
             "server.chat_template",
-            "Jinja file to use instead of the model's chat template.",
+            "Jinja file, or template itself, to use instead of the model's chat template.",
         ),
         _tgi(
             "tokenizer_config_path",
