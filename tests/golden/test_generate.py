@@ -140,18 +140,27 @@ def test_on_a_prefix_hit(family: str, reference: Callable[[str], Reference]) -> 
     agreement.report(f"{family} on prefix hits")
 
 
-def test_bfloat16_stays_within_its_rounding(tiny_checkpoint: Callable[..., Path]) -> None:
-    agreement_total = [0, 0]
+def test_bfloat16_is_as_near_to_the_truth_as_transformers(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """Tokens against float32 on the same bfloat16 weights.
+
+    On random weights the best logits lie so close together that `transformers` in bfloat16 differs
+    from itself in float32 in every fifth sequence; ours may not differ in more of them.
+    """
+    ours = theirs = 0
     for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3"):
-        reference = Reference(tiny_checkpoint(family, dtype=torch.bfloat16), torch.bfloat16)
-        core = make_core(reference.folder, dtype="bfloat16")
-        agreement = Agreement(reference.model, max_gap=0.05)
+        path = tiny_checkpoint(family, dtype=torch.bfloat16)
+        truth, rounded = Reference(path, torch.float32), Reference(path, torch.bfloat16)
+        core = make_core(path, dtype="bfloat16", block_size=16)
+        agreement = Agreement(truth.model, max_gap=0.15)
         requests = [greedy(f"r{i}", prompt_of(4 + i, i), 8) for i in range(20)]
         answers = run(core, requests)
         for request in requests:
-            reference.check(request.prompt_ids, answers[request.id].token_ids, agreement)
-        agreement.report(f"{family} bfloat16")
-        agreement_total[0] += agreement.same
-        agreement_total[1] += agreement.explained
-    print(f"bfloat16: {agreement_total[1]} of {sum(agreement_total)} differ, within 0.05")
-    assert agreement_total[1] <= 0.01 * sum(agreement_total)
+            expected = reference_tokens(truth.model, request.prompt_ids, 8)
+            agreement.compare(request.prompt_ids, expected, answers[request.id].token_ids)
+            theirs += expected != reference_tokens(rounded.model, request.prompt_ids, 8)
+        agreement.report(f"{family} bfloat16 against float32")
+        ours += agreement.explained
+    print(f"of 100 sequences {ours} differ from float32, of transformers' in bfloat16 {theirs}")
+    assert ours <= theirs

@@ -1,8 +1,8 @@
-"""Choosing a backend, its facts, and memory limits of control groups."""
+"""Choosing a backend, its facts and what it allocates."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
-from tgi_cli.kernels.backend import OP_NAMES, Backend, cgroup_headroom, merge, select
+from tgi_cli.kernels.backend import OP_NAMES, Backend, merge, select
 
 
 def test_reference_has_every_operation() -> None:
@@ -31,7 +31,7 @@ def test_cpu_backend_tells_the_truth(backend: Backend) -> None:
     assert backend.device.type == "cpu"
     assert backend.deterministic == (backend.native is not None)
     assert backend.num_threads == torch.get_num_threads() == 1
-    assert backend.plan(object()) is None
+    assert backend.plan(object(), 16) is None
     assert 0 < backend.free_memory() <= psutil.virtual_memory().available * 1.1
 
 
@@ -41,6 +41,17 @@ def test_kv_of_a_layer(backend: Backend) -> None:
     assert k_cache.dtype == v_cache.dtype == torch.bfloat16
     assert k_cache.data_ptr() != v_cache.data_ptr()
     assert not k_cache.any()
+
+
+def test_matrices_stay_in_main_memory_on_a_cpu(backend: Backend) -> None:
+    assert backend.weight_buffer(2, 3, torch.bfloat16) is None
+
+
+def test_matrices_move_to_another_device(backend: Backend) -> None:
+    elsewhere = replace(backend, device=torch.device("meta"))
+    buffer = elsewhere.weight_buffer(2, 3, torch.bfloat16)
+    assert buffer is not None
+    assert (buffer.shape, buffer.dtype, buffer.device.type) == ((2, 3), torch.bfloat16, "meta")
 
 
 def test_unknown_device_is_refused() -> None:
@@ -53,28 +64,3 @@ def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(UsageError, match="device `cuda` is not available") as raised:
         select("cuda")
     assert raised.value.hint
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def test_limits_of_control_groups(tmp_path: Path) -> None:
-    second = {
-        "memory.max": "1000\n",
-        "memory.current": "700\n",
-        "memory.stat": "anon 500\ninactive_file 150\n",
-    }
-    first = {
-        "memory/memory.limit_in_bytes": "2000\n",
-        "memory/memory.usage_in_bytes": "2500\n",
-        "memory/memory.stat": "total_inactive_file 100\n",
-    }
-    assert cgroup_headroom(write(tmp_path / "v2", second)) == 450
-    assert cgroup_headroom(write(tmp_path / "v1", first)) == 0
-    unlimited = second | {"memory.max": "max\n"}
-    assert cgroup_headroom(write(tmp_path / "none", unlimited)) is None
-    assert cgroup_headroom(tmp_path / "absent") is None

@@ -68,7 +68,7 @@ class ModelRunner:
         sampler: Sampler | None = None,
     ) -> None:
         self._decoder = decoder
-        native = backend.plan(decoder)
+        native = backend.plan(decoder, block_size)
         self._forward = native or decoder.forward
         #: Name of the kernels that run the decoder, and whether they keep promise one.
         self.kernels = native.name if native else f"torch-{backend.device.type}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,13 +20,13 @@ from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.cpu.library import Library, load
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against
+from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
 log = logging.getLogger(__name__)
 
 #: Names every backend answers to, in the order of the Protocol.
 OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +70,21 @@ class Backend:
             torch.zeros(shape, dtype=dtype, device=self.device),
         )
 
-    def plan(self, decoder: Any) -> NativeStep | None:
+    def weight_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """Where a matrix that was read into main memory should live; None leaves it there."""
+        if self.device.type == "cpu":
+            return None
+        return torch.empty(rows, columns, dtype=dtype, device=self.device)
+
+    def plan(self, decoder: Any, block_size: int) -> NativeStep | None:
         """A native program for a whole step of `decoder`, or None to run its Python composition.
 
         The program repacks the decoder's matrices in place and has threads of its own; torch is
-        left with one. Why there is none for a decoder is logged.
+        left with one. Why there is none for a decoder or size of KV blocks is logged.
         """
         if self.native is None:
             return None
-        reason = reason_against(decoder)
+        reason = reason_against(decoder, block_size)
         if reason is not None:
             log.warning("the native kernels are not used for this model: %s", reason)
             return None
@@ -133,30 +138,3 @@ def select(device: str = "auto", *, num_threads: int | None = None) -> Backend:
         num_threads=num_threads or torch.get_num_threads(),
         native=native if variants else None,
     )
-
-
-def cgroup_headroom(root: Path = _CGROUP) -> int | None:
-    """Bytes left below the memory limit of this control group (v2 or v1); None without a limit.
-
-    File cache that the kernel can drop counts as free.
-    """
-    for limit_name, usage_name, stat_name, cache_key in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            limit = (root / limit_name).read_text().strip()
-            usage = int((root / usage_name).read_text())
-            stat = dict(line.split() for line in (root / stat_name).read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        # v1 writes "no limit" as a number near 2**63.
-        if limit == "max" or int(limit) >= 2**60:
-            return None
-        return max(0, int(limit) - usage + int(stat.get(cache_key, 0)))
-    return None

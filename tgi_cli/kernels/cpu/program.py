@@ -28,11 +28,13 @@ _ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
 _MAX_HEAD_DIM = 512
 
 
-def reason_against(decoder: Any) -> str | None:
+def reason_against(decoder: Any, block_size: int = BLOCK) -> str | None:
     """Why this decoder has no native program, or None if it has one."""
     spec = getattr(decoder, "spec", None)
     if spec is None:
         return "it is no composed decoder"
+    if block_size != BLOCK:
+        return f"its KV blocks have {block_size} tokens and not {BLOCK}"
     if decoder.embedding is None or decoder.head is None:
         return "it is an inner stage of a pipeline"
     if decoder.embedding.table.dtype != torch.bfloat16:
