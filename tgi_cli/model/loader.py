@@ -32,7 +32,7 @@ class Loader:
     ) -> None:
         self.source = source
         self.format = format
-        self.device = backend.device
+        self.backend = backend
         self.ops: Ops = backend.ops
         self.dtype = dtype
         self._progress = progress
@@ -56,7 +56,8 @@ class Loader:
             parts.append(self.format.load(self.source, name, WHOLE, self.dtype))
             self._done(name)
         weight = self.format.fuse(parts) if len(parts) > 1 else parts[0]
-        return weight.prepare(self.ops)
+        out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
+        return weight.prepare(self.ops, out)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds `name`."""
@@ -86,7 +87,7 @@ class Loader:
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._check(name, shape)
         # A copy, as `read` may give a view of the mapped file.
-        tensor = self.source.read(name).to(device=self.device, dtype=dtype, copy=True)
+        tensor = self.source.read(name).to(device=self.backend.device, dtype=dtype, copy=True)
         self._done(name)
         return tensor.contiguous()
 
