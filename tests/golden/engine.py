@@ -81,8 +81,7 @@ def reference_tokens(model: PreTrainedModel, prompt_ids: Sequence[int], count: i
             attention_mask=torch.ones_like(inputs),
             do_sample=False,
             max_new_tokens=count,
-            min_new_tokens=count,
-            eos_token_id=-1,
+            eos_token_id=model.config.get_text_config().vocab_size,  # never drawn
         )
     return output[0, len(prompt_ids) :].tolist()
 
@@ -105,9 +104,7 @@ class Agreement:
         if actual == expected:
             self.same += 1
             return
-        at = next(
-            i for i, pair in enumerate(zip(expected, actual, strict=True)) if len({*pair}) > 1
-        )
+        at = next(i for i in range(len(actual)) if actual[i] != expected[i])
         known = torch.tensor([[*prompt_ids, *expected[:at]]])
         with torch.inference_mode():
             logits = self.model(known).logits[0, -1].float()

@@ -295,7 +295,8 @@ class _Sizing:
         # residual, its sum, the normalized row, and two float32 copies inside the norm
         rows = chunk * (spec.hidden_size * (3 * size + 8) + layers)
         # raw and processed logits, and what a stage holds beside them
-        logits = max(min(self._max_seqs, chunk) * spec.vocab_size, PROMPT_LOGITS) * 4 * 3
+        drawn = min(self._max_seqs, chunk) * spec.vocab_size
+        logits = max(drawn, min(chunk * spec.vocab_size, PROMPT_LOGITS)) * 4 * 3
         return rows + max(logits, self._attention_scratch(tokens, chunk))
 
     def _attention_scratch(self, tokens: int, chunk: int) -> int:
@@ -324,4 +325,4 @@ class _Sizing:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
