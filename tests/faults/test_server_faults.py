@@ -214,11 +214,16 @@ def test_failed_start_leaves_nothing(tmp_path: Path) -> None:
         wait_until(lambda: gone(family))
 
 
-def test_limits_beyond_the_model_end_the_start(model: Path) -> None:
-    with LiveServer(model, *FLAGS, "--max-total-tokens", "20000", ready=False) as server:
-        assert server.process.wait(60) == 2
-        assert "error: --max-total-tokens 20000 is more than the 16384 tokens" in server.stderr
-        assert "hint: use --max-total-tokens 16384" in server.stderr
+def test_what_an_http_worker_cannot_load_ends_the_start(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for message in messages %}")
+    with LiveServer(model, *FLAGS, "--chat-template", str(broken), ready=False) as server:
+        family = server.family()
+        assert server.process.wait(60) == 1
+        assert "error: the chat template is not valid Jinja" in server.stderr
+        assert "hint: " in server.stderr
+        assert "Traceback" not in server.stderr
+        wait_until(lambda: gone(family))
 
 
 def test_taken_port(model: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request, TokenLogprobs
 from tgi_cli.errors import EngineUnavailable
@@ -80,38 +80,34 @@ class ScriptedClient:
             if not ended:
                 self.aborted.append(request.id)
 
-    def _deltas(self, request: Request) -> list[Delta]:
+    def _deltas(self, request: Request) -> Iterator[Delta]:
         sampling = request.sampling
         ids = [*self._encode(self.reply(request)), EOS_ID]
         finish = "eos"
         if len(ids) > sampling.max_tokens:
             ids, finish = ids[: sampling.max_tokens], "length"
-        deltas = []
         for start in range(0, len(ids), self.per_step):
             step = ids[start : start + self.per_step]
             first, last = start == 0, start + self.per_step >= len(ids)
-            deltas.append(
-                Delta(
-                    id=request.id,
-                    token_ids=step,
-                    logprobs=None
-                    if sampling.logprobs is None
-                    else [self._logprobs(token, sampling.logprobs) for token in step],
-                    prompt_logprobs=[
-                        None,
-                        *(
-                            self._logprobs(token, sampling.prompt_logprobs)
-                            for token in request.prompt_ids[1:]
-                        ),
-                    ]
-                    if first and sampling.prompt_logprobs is not None
-                    else None,
-                    finish=finish if last else None,
-                    num_cached_tokens=3 if first else 0,
-                    queue_time=0.25 if first else 0.0,
-                )
+            yield Delta(
+                id=request.id,
+                token_ids=step,
+                logprobs=None
+                if sampling.logprobs is None
+                else [self._logprobs(token, sampling.logprobs) for token in step],
+                prompt_logprobs=[
+                    None,
+                    *(
+                        self._logprobs(token, sampling.prompt_logprobs)
+                        for token in request.prompt_ids[1:]
+                    ),
+                ]
+                if first and sampling.prompt_logprobs is not None
+                else None,
+                finish=finish if last else None,
+                num_cached_tokens=3 if first else 0,
+                queue_time=0.25 if first else 0.0,
             )
-        return deltas
 
     @staticmethod
     def _logprobs(token: int, top: int) -> TokenLogprobs:

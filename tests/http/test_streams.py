@@ -110,6 +110,20 @@ async def test_slow_reader_gets_everything(site: Site) -> None:
     assert text.count('"y"') == 300
 
 
+async def test_reader_that_stopped_is_dropped(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.05)
+    site = await serve(max_model_len=500_000)
+    site.engine.per_step = 100
+    site.engine.reply = lambda request: "y" * 400_000
+    body = {"prompt": "a", "stream": True, "logprobs": 5}
+    response = await site.session.post(COMPLETIONS, json=body)  # megabytes that nobody reads
+    await until(lambda: len(site.engine.aborted) == 1)
+    response.close()
+
+
 async def test_many_streams_are_not_mixed_up(serve: Serve) -> None:
     site = await serve()
     site.engine.reply = lambda request: "/".join(map(str, request.prompt_ids))

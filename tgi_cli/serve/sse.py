@@ -19,6 +19,9 @@ PEEK_SECONDS = 10.0
 #: Seconds of silence after which a comment tells proxies that the stream lives (TGI's).
 KEEP_ALIVE_SECONDS = 15.0
 
+#: Seconds a client may leave a full connection unread before it is given up: it holds a place.
+STALL_SECONDS = 120.0
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -48,7 +51,7 @@ async def send_frames(
             }
         )
         await response.prepare(request)
-        writer = _Writer(response)
+        writer = _Writer(response, request.transport)
         try:
             frame = await pending
             while frame is not None:
@@ -73,24 +76,35 @@ async def _next(frames: AsyncGenerator[bytes, None]) -> bytes | None:
 
 
 class _Writer:
-    """Writes frames and, in longer silences, comments."""
+    """Writes frames and, in longer silences, comments; drops a client that has stopped reading."""
 
-    def __init__(self, response: web.StreamResponse) -> None:
+    def __init__(self, response: web.StreamResponse, transport: asyncio.Transport | None) -> None:
         self._response = response
+        self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
-        self._keeper = asyncio.create_task(self._keep_alive())
+        self._writing = False
+        self._keeper = asyncio.create_task(self._watch())
 
     async def write(self, frame: bytes) -> None:
         self._last = self._loop.time()
+        self._writing = True
         await self._response.write(frame)
+        self._writing = False
 
     def close(self) -> None:
         self._keeper.cancel()
 
-    async def _keep_alive(self) -> None:
-        with suppress(ConnectionResetError):
-            while True:
-                await asyncio.sleep(self._last + KEEP_ALIVE_SECONDS - self._loop.time())
-                if self._loop.time() - self._last >= KEEP_ALIVE_SECONDS:
+    async def _watch(self) -> None:
+        while True:
+            patience = STALL_SECONDS if self._writing else KEEP_ALIVE_SECONDS
+            silence = self._loop.time() - self._last
+            if silence < patience:
+                await asyncio.sleep(min(patience - silence, KEEP_ALIVE_SECONDS))
+            elif self._writing:
+                if self._transport is not None:
+                    self._transport.abort()  # aiohttp then cancels the handler
+                return
+            else:
+                with suppress(ConnectionResetError):
                     await self.write(b":\n\n")

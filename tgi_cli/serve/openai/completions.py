@@ -81,6 +81,7 @@ def split_prompts(prompt: str | list[Any], limit: int) -> list[str | list[int]]:
         raise InvalidRequest(
             f"number of prompts exceeds the maximum allowed batch size of {limit}. "
             f"Given: {len(prompt)}",
+            hint="--max-client-batch-size raises the limit",
             param="prompt",
         )
     return list(prompt)
@@ -94,7 +95,9 @@ def _counts(body: CompletionRequest, max_best_of: int) -> tuple[int, int]:
     if best_of > n:
         if best_of > max_best_of:
             raise InvalidRequest(
-                f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}", param="best_of"
+                f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}",
+                hint="--max-best-of raises the limit",
+                param="best_of",
             )
         if body.stream:
             raise InvalidRequest("`best_of` > `n` cannot be streamed", param="best_of")

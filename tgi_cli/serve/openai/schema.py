@@ -200,7 +200,9 @@ def stop_strings(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > limit:
         raise InvalidRequest(
-            f"`stop` supports up to {limit} stop sequences. Given: {len(stops)}", param="stop"
+            f"`stop` supports up to {limit} stop sequences. Given: {len(stops)}",
+            hint="--max-stop-sequences raises the limit",
+            param="stop",
         )
     return stops
 
@@ -216,7 +218,11 @@ def num_choices(n: int | None) -> int:
 def check_top(name: str, count: int | None, limit: int) -> None:
     """Refuse more alternatives per token than `--max-top-n-tokens`."""
     if count is not None and not 0 <= count <= limit:
-        raise InvalidRequest(f"`{name}` must be >= 0 and <= {limit}. Given: {count}", param=name)
+        raise InvalidRequest(
+            f"`{name}` must be >= 0 and <= {limit}. Given: {count}",
+            hint="--max-top-n-tokens raises the limit",
+            param=name,
+        )
 
 
 def sampling_params(

@@ -91,13 +91,17 @@ def check(given: Parameters, config: ServerConfig, *, stream: bool) -> None:
     _positive("max_new_tokens", given.max_new_tokens)
     if len(given.stop) > config.max_stop_sequences:
         raise _invalid(
-            "stop", f"supports up to {config.max_stop_sequences} stop sequences", len(given.stop)
+            "stop",
+            f"supports up to {config.max_stop_sequences} stop sequences",
+            len(given.stop),
+            "--max-stop-sequences",
         )
     if given.seed is not None and not 0 <= given.seed <= MAX_SEED:
         raise _invalid("seed", f"must be >= 0 and <= {MAX_SEED}", given.seed)
     top = given.top_n_tokens
     if top is not None and not 0 <= top <= config.max_top_n_tokens:
-        raise _invalid("top_n_tokens", f"must be >= 0 and <= {config.max_top_n_tokens}", top)
+        rule = f"must be >= 0 and <= {config.max_top_n_tokens}"
+        raise _invalid("top_n_tokens", rule, top, "--max-top-n-tokens")
     if stream and given.decoder_input_details:
         raise InvalidRequest(
             "`decoder_input_details` == true is not supported when streaming tokens",
@@ -119,7 +123,7 @@ def _check_best_of(given: Parameters, limit: int, *, stream: bool) -> None:
     if limit == 1:
         raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint", param="best_of")
     if not 0 < best_of <= limit:
-        raise _invalid("best_of", f"must be > 0 and <= {limit}", best_of)
+        raise _invalid("best_of", f"must be > 0 and <= {limit}", best_of, "--max-best-of")
     if not given.samples:
         raise InvalidRequest("you must use sampling when `best_of` is > 1", param="best_of")
     if given.seed is not None:
@@ -131,8 +135,9 @@ def _positive(name: str, value: float | None) -> None:
         raise _invalid(name, "must be strictly positive", value)
 
 
-def _invalid(name: str, rule: str, value: object) -> InvalidRequest:
-    return InvalidRequest(f"`{name}` {rule}. Given: {value}", param=name)
+def _invalid(name: str, rule: str, value: object, flag: str | None = None) -> InvalidRequest:
+    hint = None if flag is None else f"{flag} raises the limit"
+    return InvalidRequest(f"`{name}` {rule}. Given: {value}", hint=hint, param=name)
 
 
 def check_truncate(truncate: int | None, max_input_tokens: int) -> None:
