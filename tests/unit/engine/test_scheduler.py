@@ -381,7 +381,7 @@ def test_nobody_is_let_in_by_the_step_that_puts_someone_out() -> None:
     bench.add("b", 3)
     for _ in range(10):
         bench.run()
-    bench.add("c", 1, tenant="y")
+    bench.add("c", 1, priority=-1)
     step, _ = bench.run()  # a takes one of b's three blocks; the others would do for c
     assert bench.scheduler.stats().preemptions == 1
     assert (len(step.rows), step.new_rows) == (1, [])
