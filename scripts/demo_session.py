@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -54,13 +55,23 @@ def wait_until_ready(url: str, server: subprocess.Popen[str]) -> None:
             raise SystemExit(code or 1)  # the server has said why on stderr
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
+                if shown and sys.stderr.isatty():
+                    say("")
                 return
         except urllib.error.HTTPError as error:
             body = json.loads(error.read() or b"{}")
             state = body.get("error") or ""
             state = state if isinstance(state, str) else state.get("message", "")
+            # On a terminal one line that counts up, elsewhere one line a phase.
+            terminal = sys.stderr.isatty()
+            state = state if terminal else re.sub(r" \d+ %$", "", state)
             if state and state != shown:
-                say(f"  {state}")
+                print(
+                    f"\r\033[K  {state}" if terminal else f"  {state}",
+                    end="" if terminal else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 shown = state
         except OSError:
             pass  # not listening yet
