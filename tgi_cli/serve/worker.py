@@ -94,7 +94,7 @@ class Worker:
                 self._app[PULSE].reset()
                 self._spawn(self._open(status, writer))
             elif isinstance(status, Restarting):
-                self._app[METRICS].engine_restarts += 1
+                self._app[METRICS].engine_restarts += not self._app[DOOR].draining
                 self._client.disconnect(f"restarting: {status.reason}")
             elif isinstance(status, Starting):
                 self._client.starting(status)
@@ -119,8 +119,12 @@ class Worker:
         except TgiError as error:
             failed = Failed(error=type(error).__name__, message=error.message, hint=error.hint)
             writer.write(frame(failed))
-            return
-        writer.write(frame(ready))
+        except Exception as error:
+            log.exception("the tokenizer could not be loaded")
+            message = f"the tokenizer could not be loaded: {type(error).__name__}: {error}"
+            writer.write(frame(Failed(error="EngineError", message=message)))
+        else:
+            writer.write(frame(ready))
 
     async def _drain(self, timeout: float) -> None:
         """Refuse new requests, finish the accepted ones, then let `serve` end."""
