@@ -7,11 +7,13 @@ takes a decoder only to hand it to native code.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -62,13 +64,19 @@ class Backend:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim].
 
-        Zeroed, which on a CPU commits a page only when it is first written.
+        Zeroed. On a CPU a page is committed only when it is first written: `torch.zeros` would
+        write them all, so the memory comes from NumPy, which leaves that to the kernel.
         """
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        return (
-            torch.zeros(shape, dtype=dtype, device=self.device),
-            torch.zeros(shape, dtype=dtype, device=self.device),
+        if self.device.type != "cpu":
+            keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+            return keys, values
+        size = math.prod(shape) * dtype.itemsize
+        keys, values = (
+            torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+            for _ in range(2)
         )
+        return keys, values
 
     def weight_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where a matrix that was read into main memory should live; None leaves it there."""
