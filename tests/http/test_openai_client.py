@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
+from tests.http.conftest import Serve
 from tests.http.live import LiveServer
+from tests.http.test_streams import until
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -137,3 +140,29 @@ async def test_async_client(server: LiveServer) -> None:
         async for chunk in await client.chat.completions.create(**options, stream=True):
             text += chunk.choices[0].delta.content or ""
     assert text == reply.choices[0].message.content
+
+
+async def test_failures_reach_the_client_as_its_exceptions(serve: Serve) -> None:
+    site = await serve(max_concurrent_requests=1)
+    options = {"model": "tgi", "messages": MESSAGES}
+    async with openai.AsyncOpenAI(
+        base_url=f"{site.base_url}/v1", api_key="-", max_retries=0
+    ) as client:
+        site.engine.fail_after = 2
+        stream = await client.chat.completions.create(**options, stream=True)
+        with pytest.raises(openai.APIError, match="the engine died"):
+            async for _ in stream:
+                pass
+        site.engine.fail_after = None
+        site.engine.gate.clear()
+        held = asyncio.create_task(client.chat.completions.create(**options))
+        await until(lambda: site.engine.running == 1)
+        with pytest.raises(openai.RateLimitError) as refusal:
+            await client.chat.completions.create(**options)
+        assert int(refusal.value.response.headers["Retry-After"]) >= 1
+        site.engine.gate.set()
+        assert (await held).choices[0].message.content == "Hello, world"
+        site.engine.state = "loading"
+        with pytest.raises(openai.InternalServerError, match="loading") as refusal:
+            await client.chat.completions.create(**options)
+        assert refusal.value.status_code == 503
