@@ -195,7 +195,8 @@ def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Memo
         )
     free = backend.free_memory()
     weights = sized.weights_bytes(dtype)
-    sizing = _Sizing(sized.spec, config, dtype, max_len)
+    native = backend.may_run_natively(dtype, config.cache.block_size)
+    sizing = _Sizing(sized.spec, config, dtype, max_len, native=native)
     if told is not None:
         tokens = told
     else:
@@ -245,8 +246,15 @@ class _Sizing:
     """Arithmetic over one decoder and one configuration."""
 
     def __init__(
-        self, spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, max_len: int
+        self,
+        spec: DecoderSpec,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        max_len: int,
+        *,
+        native: bool,
     ) -> None:
+        self._native = native
         self._spec = spec
         self._dtype = dtype
         self._block_size = config.cache.block_size
@@ -281,7 +289,7 @@ class _Sizing:
         return low * self._block_size
 
     def activations(self, tokens: int) -> int:
-        """Peak of one step with the plain-torch operations, in bytes."""
+        """Peak of one step, in bytes."""
         spec, size = self._spec, self._dtype.itemsize
         chunk = min(self._chunk, max(tokens, 1))
         layers = 0
@@ -300,7 +308,12 @@ class _Sizing:
         return rows + max(logits, self._attention_scratch(tokens, chunk))
 
     def _attention_scratch(self, tokens: int, chunk: int) -> int:
-        """Gathered keys and values of the layer that sees most, and float32 copies of them."""
+        """Gathered keys and values of the layer that sees most, and float32 copies of them.
+
+        Native attention reads the blocks where they are.
+        """
+        if self._native:
+            return 0
         most = 0
         for group in self._spec.kv_groups:
             seen = min(self._max_len, group.window or self._max_len, max(tokens, 1))

@@ -21,7 +21,7 @@ from torch import Tensor
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.cpu.library import Library, load
-from tgi_cli.kernels.cpu.program import NativeStep, reason_against
+from tgi_cli.kernels.cpu.program import BLOCK, NativeStep, reason_against
 from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
@@ -83,6 +83,10 @@ class Backend:
         if self.device.type == "cpu":
             return None
         return torch.empty(rows, columns, dtype=dtype, device=self.device)
+
+    def may_run_natively(self, dtype: torch.dtype, block_size: int) -> bool:
+        """Whether `plan` can have a program: what memory planning asks before a weight is read."""
+        return self.native is not None and dtype == torch.bfloat16 and block_size == BLOCK
 
     def plan(self, decoder: Any, block_size: int) -> NativeStep | None:
         """A native program for a whole step of `decoder`, or None to run its Python composition.
