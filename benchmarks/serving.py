@@ -190,7 +190,7 @@ def servers(options: argparse.Namespace) -> list[Server]:
         ),
         Server(
             "transformers serve",
-            [str(BIN / "transformers"), "serve", folder, "--continuous-batching", "--device",
+            [options.transformers, "serve", folder, "--continuous-batching", "--device",
              "cpu", "--dtype", "bfloat16", "--port", "{port}"],
             folder,
             env={"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
@@ -250,6 +250,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tgi-flags", default="")
+    parser.add_argument(
+        "--transformers",
+        default=str(BIN / "transformers"),
+        help="the program, from an environment with `transformers[serving]`",
+    )
     parser.add_argument("--llama-server")
     parser.add_argument("--gguf")
     parser.add_argument("--workload", action="append", help="only these, by name")
