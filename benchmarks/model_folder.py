@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import GgufConfig
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 from tgi_cli import hub
@@ -23,7 +24,10 @@ def main() -> None:
     out = Path(sys.argv[1])
     path = hub.resolve("demo")
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     model.save_pretrained(out)
