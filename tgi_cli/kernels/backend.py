@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
-from tgi_cli.kernels.cpu.library import Library, load
-from tgi_cli.kernels.cpu.program import BLOCK, NativeStep, reason_against
+from tgi_cli.kernels.cpu.library import BLOCK, Library, load
+from tgi_cli.kernels.cpu.program import NativeStep, reason_against
 from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
