@@ -15,13 +15,22 @@ from tgi_cli.errors import CheckpointError, UnsupportedModel
 BOOKKEEPING = frozenset(
     {
         *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
-        *("_name_or_path", "_commit_hash", "_attn_implementation_autoset", "auto_map"),
+        *("_name_or_path", "_model_name_or_path", "_commit_hash", "auto_map"),
+        *("_attn_implementation_autoset", "unk_token_id", "mask_token_id", "cls_token_id"),
         *("attn_implementation", "_attn_implementation", "transformers.js_config"),
         *("use_cache", "cache_implementation", "torchscript", "return_dict", "use_return_dict"),
         *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "problem_type"),
         *("id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class"),
         *("prefix", "decoder_start_token_id", "initializer_range", "pretraining_tp"),
+        # Settings of `generate` that older exporters wrote here, defaults and all.
+        *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping"),
+        *("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty"),
+        *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "bad_words_ids"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
+        *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
+        *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+        *("suppress_tokens", "begin_suppress_tokens"),
         # Dropout is training's; there is none at inference.
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
         # Read by `quantize.formats.detect`, which refuses methods it does not know.
