@@ -12,19 +12,15 @@ from aiohttp import web
 
 from tgi_cli.config import ServerConfig
 from tgi_cli.engine.client import EngineClient
+from tgi_cli.serve.api_docs import set_up_docs
 from tgi_cli.serve.auth import api_key
 from tgi_cli.serve.cors import cors
 from tgi_cli.serve.error_pages import PAYLOAD_LIMIT, error_pages
 from tgi_cli.serve.exchange import name_ignored_fields
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE, SERVED, Pulse, Served
-from tgi_cli.serve.openai.chat import chat_completions
-from tgi_cli.serve.openai.completions import completions
-from tgi_cli.serve.openai.models import get_model, list_models
 from tgi_cli.serve.prometheus import Metrics
-from tgi_cli.serve.tgi.generate import compat_generate, generate, generate_stream
-from tgi_cli.serve.tgi.info import health, info, metrics
-from tgi_cli.serve.tgi.tokenize import chat_tokenize, tokenize
+from tgi_cli.serve.routes import ROUTES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -49,24 +45,8 @@ def build_app(
     app.on_response_prepare.append(name_ignored_fields)
     app.on_response_prepare.append(stamp_cors)
     app.on_cleanup.append(_close_door)
-    app.add_routes(
-        [
-            web.get("/", health),
-            web.post("/", compat_generate),
-            web.post("/generate", generate),
-            web.post("/generate_stream", generate_stream),
-            web.post("/tokenize", tokenize),
-            web.post("/chat_tokenize", chat_tokenize),
-            web.get("/info", info),
-            web.get("/health", health),
-            web.get("/ping", health),
-            web.get("/metrics", metrics),
-            web.post("/v1/chat/completions", chat_completions),
-            web.post("/v1/completions", completions),
-            web.get("/v1/models", list_models),
-            web.get("/v1/models/{id:.+}", get_model),
-        ]
-    )
+    set_up_docs(app, ROUTES)
+    app.add_routes([web.route(route.method, route.path, route.handler) for route in ROUTES])
     return app
 
 

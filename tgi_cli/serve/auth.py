@@ -20,7 +20,18 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 #: Answered without a key. `POST /` generates, so only its GET is open.
 OPEN_PATHS = frozenset(
-    {"/chat_tokenize", "/info", "/health", "/ping", "/metrics", "/v1/models", "/v1/models/{id}"}
+    {
+        "/chat_tokenize",
+        "/info",
+        "/health",
+        "/ping",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/api-doc/openapi.json",
+        "/v1/models",
+        "/v1/models/{id}",
+    }
 )
 
 

@@ -36,23 +36,37 @@ async def read_struct(request: web.Request, kind: type[T]) -> T:
     Raises `InvalidRequest` naming the field that has a wrong type, `MalformedBody` for anything
     that is not JSON in UTF-8, 415 for another content type and 413 for too large a body.
     """
+    raw = await read_json(request)
+    parsed = to_struct(raw, kind)
+    if isinstance(raw, dict):
+        request[IGNORED] = ignored_fields(without_nulls(raw), parsed)
+    return parsed
+
+
+async def read_json(request: web.Request) -> Any:
+    """Read the request's body as JSON of any shape; raises as `read_struct` does."""
     if not _is_json(request.content_type):
         raise web.HTTPUnsupportedMediaType(
             text=f"expected `Content-Type: application/json`. Given: {request.content_type}"
         )
     body = await request.read()
     try:
-        raw = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(text=f"the body is not valid JSON: {error}") from None
+
+
+def to_struct(raw: Any, kind: type[T]) -> T:
+    """Convert decoded JSON to a `kind`; `null` counts as absent.
+
+    Raises `InvalidRequest` naming the field that has a wrong type.
+    """
     if isinstance(raw, dict):
         raw = without_nulls(raw)
     try:
-        parsed = msgspec.convert(raw, kind, str_keys=True)
+        return msgspec.convert(raw, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise field_error(str(error)) from None
-    request[IGNORED] = ignored_fields(raw, parsed)
-    return parsed
 
 
 def _is_json(content_type: str) -> bool:

@@ -38,7 +38,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         check_model(body.model, served.name, served.model_id)
         refuse_unsupported(body)
         prompt = await render_chat(door, body)
-        answers = _answers(door, body, prompt, count, request[TENANT])
+        answers = chat_answers(door, body, prompt, count, request[TENANT])
         timing.validated()
         top = (body.top_logprobs or 0) if body.logprobs else None
         reply = _ChatReply(door, prompt, answers, served.name, top)
@@ -81,9 +81,10 @@ async def render_chat(door: FrontDoor, body: ChatRequest) -> Prompt:
     )
 
 
-def _answers(
+def chat_answers(
     door: FrontDoor, body: ChatRequest, prompt: Prompt, count: int, tenant: str
 ) -> list[Answer]:
+    """Make the `count` answers to a rendered conversation; they run when they are read."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     check_top("top_logprobs", body.top_logprobs, door.config.max_top_n_tokens)

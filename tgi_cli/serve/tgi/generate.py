@@ -61,21 +61,7 @@ async def _respond(
     given = body.effective
     full_text = compat if given.return_full_text is None else given.return_full_text
     with door.admit(max(1, given.best_of or 1)) as visit:
-        check(given, door.config, stream=stream)
-        check_truncate(given.truncate, door.limits.max_input_tokens)
-        prompt = await door.encode(body.inputs, field="inputs", truncate=given.truncate)
-        sampling = sampling_params(
-            given,
-            max_tokens=door.max_tokens(prompt, given.max_new_tokens, "max_new_tokens"),
-            stream=stream,
-        )
-        answers = door.answers(
-            prompt,
-            sampling,
-            caller=Caller(tenant=request[TENANT]),
-            count=given.best_of or 1,
-            include_stop=True,
-        )
+        prompt, answers = await native_answers(door, body, request[TENANT], stream=stream)
         timing.validated()
         reply = _NativeReply(door, given, prompt, prompt.text if full_text else "")
         if not stream:
@@ -95,6 +81,29 @@ async def _respond(
             error_event=broken,
             headers=timing.stream_headers(door.facts, [prompt]),
         )
+
+
+async def native_answers(
+    door: FrontDoor, body: GenerateRequest, tenant: str, *, stream: bool
+) -> tuple[Prompt, list[Answer]]:
+    """Check and tokenize one native request; its `best_of` answers run when they are read."""
+    given = body.effective
+    check(given, door.config, stream=stream)
+    check_truncate(given.truncate, door.limits.max_input_tokens)
+    prompt = await door.encode(body.inputs, field="inputs", truncate=given.truncate)
+    sampling = sampling_params(
+        given,
+        max_tokens=door.max_tokens(prompt, given.max_new_tokens, "max_new_tokens"),
+        stream=stream,
+    )
+    answers = door.answers(
+        prompt,
+        sampling,
+        caller=Caller(tenant=tenant),
+        count=given.best_of or 1,
+        include_stop=True,
+    )
+    return prompt, answers
 
 
 class _NativeReply:

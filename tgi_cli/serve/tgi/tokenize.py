@@ -1,18 +1,26 @@
-"""`POST /tokenize` and `POST /chat_tokenize`: what the server makes of a prompt."""
+"""`POST /tokenize`, `/chat_tokenize` and `/detokenize`: what the server makes of a prompt."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest
 from tgi_cli.serve.exchange import json_response, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor
-from tgi_cli.serve.keys import DOOR
+from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.chat import render_chat
-from tgi_cli.serve.openai.schema import ChatRequest, refuse_unsupported
+from tgi_cli.serve.openai.schema import ChatRequest, check_model, refuse_unsupported
 from tgi_cli.serve.tgi.schema import GenerateRequest
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of `POST /detokenize` (vLLM's shape)."""
+
+    tokens: list[int]
+    model: str | None = None
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -32,6 +40,15 @@ async def chat_tokenize(request: web.Request) -> web.Response:
     prompt = await render_chat(door, body)
     tokens = await _tokens(door, prompt.text, add_special_tokens=False)
     return json_response({"tokenize_response": tokens, "templated_text": prompt.text})
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """Answer the text that token ids stand for, special tokens written out."""
+    door, served = request.app[DOOR], request.app[SERVED]
+    body = await read_struct(request, DetokenizeRequest)
+    check_model(body.model, served.name, served.model_id)
+    text = door.from_ids(body.tokens, field="tokens").text if body.tokens else ""
+    return json_response({"prompt": text})
 
 
 async def _tokens(door: FrontDoor, text: str, *, add_special_tokens: bool) -> list[dict[str, Any]]:
