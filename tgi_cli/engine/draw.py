@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
 
-#: Just above the largest value `Ops.gumbel_noise` can give, -log(-log(1 - 2**-24)).
+#: Just outside the values `Ops.gumbel_noise` can give, from uniforms in [2**-24, 1 - 2**-24].
+MIN_NOISE = -math.log(24 * math.log(2.0)) - 1e-4
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-24))) + 1e-4
 #: A row with more candidates than both gets its noise in one piece: an id costs less there.
 DENSE_SHARE, DENSE_COUNT = 1 / 16, 256
@@ -40,7 +41,9 @@ def argmax(logits: Tensor) -> Tensor:
     return best[:, 0]
 
 
-def draw_gumbel(logits: Tensor, seeds: Tensor, positions: Tensor, ops: Ops) -> Tensor:
+def draw_gumbel(
+    logits: Tensor, seeds: Tensor, positions: Tensor, ops: Ops, *, best: Tensor | None = None
+) -> Tensor:
     """Draw from softmax(logits), [n, vocab_size] float32 -> [n] int64.
 
     The Gumbel-max trick (Gumbel 1954; Maddison et al. 2014). The noise is bounded, so only ids
@@ -52,11 +55,17 @@ def draw_gumbel(logits: Tensor, seeds: Tensor, positions: Tensor, ops: Ops) -> T
         seeds: [n] int64.
         positions: [n] int64, output positions.
         ops: where the noise comes from.
+        best: [n], `argmax(logits)` if known already.
     """
-    best = argmax(logits)[:, None]
-    floor = logits.gather(1, best) + ops.gumbel_noise_at(seeds, positions, best)
-    candidates = logits + MAX_NOISE >= floor
+    likeliest = (argmax(logits) if best is None else best)[:, None]
+    highest = logits.gather(1, likeliest)
+    reach = logits + MAX_NOISE
+    candidates = reach >= highest + MIN_NOISE
     counts = candidates.sum(-1)
+    if int(counts.max()) > DENSE_COUNT:
+        # Truncation left many: the likeliest id's own noise rules more of them out.
+        candidates = reach >= highest + ops.gumbel_noise_at(seeds, positions, likeliest)
+        counts = candidates.sum(-1)
     dense = counts > max(DENSE_SHARE * logits.shape[-1], DENSE_COUNT)
     if not bool(dense.any()):
         return _draw_sparse(logits, candidates, counts, seeds, positions, ops)
