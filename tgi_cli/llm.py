@@ -18,7 +18,7 @@ from tgi_cli.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfi
 from tgi_cli.detokenizer import Detokenizer
 from tgi_cli.engine.inline_client import InlineClient
 from tgi_cli.engine.messages import ModelFacts, Request, TokenLogprobs
-from tgi_cli.errors import GenerationFailed, InvalidRequest
+from tgi_cli.errors import EngineUnavailable, GenerationFailed, InvalidRequest
 from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import Tokenizer, load_tokenizer
 
@@ -138,6 +138,8 @@ class LLM:
             GenerationFailed: a prompt could not be answered (too long, for one).
             EngineUnavailable: the engine died, or `close` was called.
         """
+        if self._closed:
+            raise EngineUnavailable("the engine is not available: it was closed")
         sampling = sampling or SamplingParams()
         sampling.validate(self.facts.vocab_size)
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
