@@ -26,6 +26,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     revision: str | None = None
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    activation_dtype: str = "auto"  # auto | int8 | bfloat16; what multiplies quantized weights
     device: str = "auto"  # auto | cpu | cuda
     quantize: str | None = None
     trust_remote_code: bool = False

@@ -5,6 +5,7 @@ Names come from the `gguf` package's own map, so they do not depend on the table
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,10 @@ def write(
     architecture: str,
     keys: dict[str, Any],
     tensors: dict[str, np.ndarray[Any, Any]],
-    kind: Type = Type.F32,
+    kind: Type | Callable[[str], Type] = Type.F32,
     tokens: list[str] | None = None,
 ) -> Path:
-    """Write a GGUF file; matrices are stored as `kind`, vectors as float32."""
+    """Write a GGUF file; matrices are stored as `kind` (by GGUF name), vectors as float32."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         if isinstance(value, bool):
@@ -159,10 +160,12 @@ def write(
     for name, values in tensors.items():
         if values.ndim == 1:
             writer.add_tensor(name, values.astype(np.float32))
-        elif kind is Type.F16:
+            continue
+        stored = kind if isinstance(kind, Type) else kind(name)
+        if stored is Type.F16:
             writer.add_tensor(name, values.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -170,7 +173,9 @@ def write(
     return path
 
 
-def write_model(path: Path, model: TinyModel, kind: Type = Type.F32, **changed: Any) -> Path:
+def write_model(
+    path: Path, model: TinyModel, kind: Type | Callable[[str], Type] = Type.F32, **changed: Any
+) -> Path:
     """Write a model; `changed` replaces or adds keys below the architecture's prefix."""
     keys = metadata(model)
     keys |= {f"{model.architecture}.{key}": value for key, value in changed.items()}

@@ -22,6 +22,7 @@ def byte_facts(model_path: str, *, max_model_len: int = 512) -> ModelFacts:
         device="cpu",
         backend="cpu",
         quantization=None,
+        activation_dtype="float32",
         deterministic=False,
         vocab_size=258,
         max_model_len=max_model_len,

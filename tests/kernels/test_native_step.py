@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto import AutoModelForCausalLM
 
+from tests.golden.native import Stepped
 from tests.golden.paged import Paged
 from tests.tiny import FAMILIES
 from tgi_cli.kernels.backend import select
@@ -31,14 +32,6 @@ TOKENS = torch.randint(3, 512, (83,), generator=torch.Generator().manual_seed(7)
 OTHERS = torch.randint(3, 512, (29,), generator=torch.Generator().manual_seed(8)).tolist()
 
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="the native kernels are not built here")
-
-
-class Stepped:
-    """A native program where the paged driver expects a decoder."""
-
-    def __init__(self, step: NativeStep, decoder: Decoder) -> None:
-        self.spec, self.logits = decoder.spec, decoder.logits
-        self.forward = step
 
 
 @pytest.fixture
@@ -124,7 +117,7 @@ def test_packed_matrices_multiply_and_unpack(rows: int, columns: int, variant: s
     context = LOADED.context(variant, 2)
     generator = torch.Generator().manual_seed(rows)
     dense = torch.randn((rows, columns), generator=generator).bfloat16()
-    weight = PackedWeight(context, dense)
+    weight = PackedWeight.dense(context, dense)
     assert torch.equal(weight.dequantize(), dense)
     x = torch.randn((201, columns), generator=generator).bfloat16()
     full = weight.matmul(x, None)
@@ -132,7 +125,7 @@ def test_packed_matrices_multiply_and_unpack(rows: int, columns: int, variant: s
     for tokens in (1, 2, 5, 6, 7, 13, 95, 97):
         assert torch.equal(weight.matmul(x[:tokens], None), full[:tokens])
     if rows % 32 == 0:
-        gated = PackedWeight(context, dense, interleaved=True)
+        gated = PackedWeight.dense(context, dense, interleaved=True)
         assert torch.equal(gated.dequantize(), dense)
         assert torch.equal(gated.matmul(x, None), full)
     context.close()
@@ -152,7 +145,7 @@ def test_other_dtypes_have_no_program(tiny_checkpoint: Checkpoints) -> None:
 
 
 def test_an_idle_pool_uses_no_cpu(context: library.Context) -> None:
-    weight = PackedWeight(context, torch.ones((512, 64), dtype=torch.bfloat16))
+    weight = PackedWeight.dense(context, torch.ones((512, 64), dtype=torch.bfloat16))
     weight.matmul(torch.ones((8, 64), dtype=torch.bfloat16), None)
     time.sleep(0.05)
     before = time.process_time()

@@ -103,7 +103,9 @@ class _Talk:
 
     def ready(self, facts: ModelFacts) -> None:
         """Say what is being served and within which limits."""
-        quantization = f", {facts.quantization}" if facts.quantization else ""
+        quantization = ""
+        if facts.quantization:
+            quantization = f", {facts.quantization} with {facts.activation_dtype} activations"
         self._say(
             f"ready: {self._server.served_model_name or facts.model_id} "
             f"({facts.architecture}, {facts.dtype}{quantization}) on {facts.device} "

@@ -83,6 +83,12 @@ WORKING = (
             "Number type of weights that are not quantized.",
             choices=("auto", "float32", "bfloat16", "float16"),
         ),
+        _own(
+            "activation_dtype",
+            "model.activation_dtype",
+            "Number type that multiplies quantized weights on a CPU: int8 is the fast one.",
+            choices=("auto", "int8", "bfloat16"),
+        ),
         _own("device", "model.device", "Where the model runs.", choices=("auto", "cpu", "cuda")),
         _own(
             "max_model_len",

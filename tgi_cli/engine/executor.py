@@ -18,6 +18,7 @@ from tgi_cli.engine.kv_cache import KVCache
 from tgi_cli.engine.machine import usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan
 from tgi_cli.engine.messages import ModelFacts
+from tgi_cli.engine.precision import with_activations
 from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
 from tgi_cli.kernels.backend import select
@@ -76,6 +77,7 @@ class LocalExecutor:
         checkpoint = open_checkpoint(str(path))
         threads = config.parallel.num_threads or min(usable_cores(), torch.get_num_threads())
         backend = select(model.device, num_threads=threads)
+        checkpoint = with_activations(checkpoint, config, backend)
         planned = plan(checkpoint, config, backend)
         planned.check()
         if model.max_model_len is None and (
@@ -138,6 +140,7 @@ def _facts(
         device=planned.device,
         backend=runner.kernels,
         quantization=None if checkpoint.format.name == "dense" else checkpoint.format.name,
+        activation_dtype="int8" if checkpoint.keeps_blocks else dtype,
         deterministic=runner.deterministic,
         vocab_size=checkpoint.vocab_size,
         max_model_len=planned.max_model_len,

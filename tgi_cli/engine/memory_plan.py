@@ -16,6 +16,7 @@ from tgi_cli import hub
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.logprobs import PROMPT_LOGITS
+from tgi_cli.engine.precision import resolve_dtype, with_activations
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -25,7 +26,6 @@ from tgi_cli.model.spec import DecoderSpec, KVGroup
 MIN_CONTEXT = 256
 #: Room for cached windows beside those in use, as a share of the latter.
 _WINDOW_CACHE_SHARE = 0.5
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,8 @@ def plan_for(config: EngineConfig) -> MemoryPlan:
         token=config.model.token,
         cache_dir=config.model.cache_dir,
     )
-    return plan(open_checkpoint(str(path)), config, select(config.model.device))
+    backend = select(config.model.device)
+    return plan(with_activations(open_checkpoint(str(path)), config, backend), config, backend)
 
 
 def check_config(config: EngineConfig) -> None:
@@ -195,7 +196,7 @@ def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Memo
         )
     free = backend.free_memory()
     weights = sized.weights_bytes(dtype)
-    native = backend.may_run_natively(dtype, config.cache.block_size)
+    native = backend.reason_against(sized.spec, dtype, config.cache.block_size) is None
     sizing = _Sizing(sized.spec, config, dtype, max_len, native=native)
     if told is not None:
         tokens = told
@@ -220,26 +221,6 @@ def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Memo
         baseline_bytes=int(psutil.Process().memory_info().rss),  # type: ignore[no-untyped-call]
         free_bytes=free,
     )
-
-
-def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations.
-
-    `auto` is what is stored, but bfloat16 for float16 on a CPU, where float16 products are
-    hundreds of times slower, and float32 for float64.
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if name != "auto":
-        if name not in _DTYPES:
-            raise UsageError(
-                f"unknown dtype `{name}`", hint="use auto, float32, bfloat16 or float16"
-            )
-        return _DTYPES[name]
-    if stored == torch.float64:
-        return torch.float32
-    return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
 
 
 class _Sizing:

@@ -111,6 +111,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `model_path` is the local folder or GGUF file, where the tokenizer is. `max_model_len` is the
     most tokens one sequence may have (prompt and output), `kv_cache_tokens` what the pool holds.
+    `activation_dtype` is what quantized matrices are multiplied by: `int8` or that of the model.
     """
 
     model_id: str
@@ -122,6 +123,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     backend: str
     quantization: str | None
+    activation_dtype: str
     deterministic: bool
     vocab_size: int
     max_model_len: int

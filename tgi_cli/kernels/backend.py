@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
-from tgi_cli.kernels.cpu.library import BLOCK, Library, load
-from tgi_cli.kernels.cpu.program import NativeStep, reason_against
+from tgi_cli.kernels.cpu.library import Library, load
+from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
 from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
@@ -84,9 +84,14 @@ class Backend:
             return None
         return torch.empty(rows, columns, dtype=dtype, device=self.device)
 
-    def may_run_natively(self, dtype: torch.dtype, block_size: int) -> bool:
-        """Whether `plan` can have a program: what memory planning asks before a weight is read."""
-        return self.native is not None and dtype == torch.bfloat16 and block_size == BLOCK
+    def reason_against(self, spec: Any, dtype: torch.dtype, block_size: int) -> str | None:
+        """Why `plan` would have no program for a decoder of `spec`, or None if it would.
+
+        Asked before a weight is read: memory planning and the form of the weights depend on it.
+        """
+        if self.native is None:
+            return "the native kernels are not built for this machine"
+        return reason_against_spec(spec, dtype, block_size)
 
     def plan(self, decoder: Any, block_size: int) -> NativeStep | None:
         """A native program for a whole step of `decoder`, or None to run its Python composition.

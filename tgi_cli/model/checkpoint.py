@@ -1,7 +1,7 @@
 """A checkpoint opened but not read: its description, its tensors by name and their format.
 
 A folder in Hugging Face's layout or one GGUF file. Everything here comes from headers and JSON
-files; `Decoder.build` reads the data. Knows no backend.
+files; `Decoder.build` reads the data. Knows no backend's kernels, only how much they pack.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tgi_cli.errors import CheckpointError, UsageError
+from tgi_cli.kernels.cpu.packed import matrix_bytes
 from tgi_cli.model.families import architecture_of, read_spec
 from tgi_cli.model.gguf_config import hf_config
 from tgi_cli.model.gguf_source import GgufSource
@@ -22,6 +23,7 @@ from tgi_cli.model.spec import DecoderSpec, DynamicScaling
 from tgi_cli.model.weights import SafetensorsSource
 from tgi_cli.quantize.formats import detect
 from tgi_cli.quantize.formats.base import Format, TensorSource
+from tgi_cli.quantize.formats.gguf import GgufFormat
 
 _DTYPES = {
     "F64": torch.float64,
@@ -68,11 +70,52 @@ class Checkpoint:
         """Elements of all tensors the decoder uses; a tied head counts once."""
         return sum(math.prod(self.source.shape(key)) for key in self._used())
 
+    @property
+    def quantized(self) -> bool:
+        """Whether matrices are stored in groups of integers that native kernels can multiply."""
+        source = self.source
+        return isinstance(source, GgufSource) and any(
+            source.block_type(key).scheme is not None for key in self._used()
+        )
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether such matrices stay as they are, and activations are rounded to int8 for them."""
+        return isinstance(self.format, GgufFormat) and self.format.keep_blocks
+
+    def keeping_blocks(self) -> Checkpoint:
+        """The same checkpoint with its quantized matrices left as stored."""
+        return replace(self, format=GgufFormat(keep_blocks=True)) if self.quantized else self
+
     def weights_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes the decoder's weights and rotary tables take once built in `dtype`."""
+        """Bytes the decoder's weights and rotary tables take once built in `dtype` and packed."""
         ropes = {layer.attention.rope for layer in self.spec.layers}
         tables = sum(rope.max_positions * rope.head_dim for rope in ropes)
-        return (self.num_parameters + tables) * dtype.itemsize
+        return tables * dtype.itemsize + sum(
+            self._stacked_bytes(keys, dtype) for keys in self._stacks()
+        )
+
+    def _stacks(self) -> list[list[str]]:
+        """The used tensors; those that are stacked into one matrix stand together."""
+        names, left, stacks = self.spec.names, dict.fromkeys(self._used()), []
+        for index in range(len(self.spec.layers)):
+            prefix = names.layer.format(index=index)
+            for parts in ((names.q, names.k, names.v), (names.gate, names.up)):
+                keys = [f"{prefix}{part}.weight" for part in parts]
+                if all(key in left for key in keys):
+                    stacks.append(keys)
+                    for key in keys:
+                        del left[key]
+        return stacks + [[key] for key in left]
+
+    def _stacked_bytes(self, keys: list[str], dtype: torch.dtype) -> int:
+        shapes = [self.source.shape(key) for key in keys]
+        if isinstance(self.format, GgufFormat) and len(shapes[0]) == 2:
+            scheme = self.format.common_scheme(self.source, keys)
+            if scheme is not None:
+                rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+                return matrix_bytes(scheme, rows, columns)
+        return sum(map(math.prod, shapes)) * dtype.itemsize
 
     def for_length(self, length: int) -> Checkpoint:
         """The same checkpoint for contexts of `length` tokens, which fixes its rotary tables.

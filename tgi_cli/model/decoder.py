@@ -14,7 +14,7 @@ from torch import Tensor
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.model.batch import Batch
 from tgi_cli.model.checkpoint import Checkpoint
-from tgi_cli.model.embedding import Embedding, Head, load_head
+from tgi_cli.model.embedding import AnyEmbedding, Head, load_embedding, load_head
 from tgi_cli.model.layer import Layer, load_layer
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.norm import Norm
@@ -29,7 +29,7 @@ class Decoder:
         self,
         spec: DecoderSpec,
         layers: Sequence[Layer],
-        embedding: Embedding | None,
+        embedding: AnyEmbedding | None,
         norm: Norm | None,
         head: Head | None,
     ) -> None:
@@ -69,7 +69,7 @@ class Decoder:
             layer: index for index, group in enumerate(spec.kv_groups) for layer in group.layers
         }
         tables: dict[RopeSpec, Tensor] = {}
-        embedding = Embedding.load(loader, spec) if 0 in chosen else None
+        embedding = load_embedding(loader, spec) if 0 in chosen else None
         built = []
         for index in chosen:
             rope = spec.layers[index].attention.rope

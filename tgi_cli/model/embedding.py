@@ -9,6 +9,7 @@ from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.linear import Linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.spec import DecoderSpec
+from tgi_cli.quantize.formats.gguf import BlockWeight
 
 
 class Embedding:
@@ -17,18 +18,37 @@ class Embedding:
     def __init__(self, ops: Ops, table: Tensor, scale: float | None) -> None:
         self.ops = ops
         self.table = table  # [vocab_size, hidden_size]
-        # Rounded to the model's dtype before it multiplies, as it was in training.
-        self.scale = None if scale is None else float(torch.tensor(scale, dtype=table.dtype))
-
-    @classmethod
-    def load(cls, loader: Loader, spec: DecoderSpec) -> Embedding:
-        """Read the table."""
-        table = loader.table(spec.names.embedding, spec.vocab_size, spec.hidden_size)
-        return cls(loader.ops, table, spec.embedding_scale)
+        self.dtype = table.dtype
+        self.scale = _rounded(scale, table.dtype)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden_size]."""
         return self.ops.embed(token_ids, self.table, self.scale)
+
+    def head(self) -> Head:
+        """A head tied to the table."""
+        return TiedHead(self.ops, self.table)
+
+
+class BlockEmbedding:
+    """A token table that stays as stored; rows are decoded when they are looked up."""
+
+    def __init__(
+        self, ops: Ops, weight: BlockWeight, scale: float | None, dtype: torch.dtype
+    ) -> None:
+        self.ops = ops
+        self.weight = weight
+        self.dtype = dtype
+        self.scale = _rounded(scale, dtype)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[tokens] -> [tokens, hidden_size]."""
+        rows = self.weight.gather(token_ids, self.dtype)
+        return rows if self.scale is None else rows * self.scale
+
+    def head(self) -> Head:
+        """A head tied to the table."""
+        return Linear(self.ops, self.weight)
 
 
 class TiedHead:
@@ -43,10 +63,20 @@ class TiedHead:
         return self.ops.linear(hidden, self.table)
 
 
+AnyEmbedding = Embedding | BlockEmbedding
 Head = Linear | TiedHead
 
 
-def load_head(loader: Loader, spec: DecoderSpec, embedding: Embedding | None) -> Head:
+def load_embedding(loader: Loader, spec: DecoderSpec) -> AnyEmbedding:
+    """Read the table; it stays in blocks if the format keeps them."""
+    name, rows, columns = spec.names.embedding, spec.vocab_size, spec.hidden_size
+    weight = loader.blocks(name, rows, columns)
+    if weight is not None:
+        return BlockEmbedding(loader.ops, weight, spec.embedding_scale, loader.dtype)
+    return Embedding(loader.ops, loader.table(name, rows, columns), spec.embedding_scale)
+
+
+def load_head(loader: Loader, spec: DecoderSpec, embedding: AnyEmbedding | None) -> Head:
     """The output matrix: one of its own, or the token table.
 
     A checkpoint may say "tied" and yet store a head. Equal to the table it is dropped; different,
@@ -57,8 +87,12 @@ def load_head(loader: Loader, spec: DecoderSpec, embedding: Embedding | None) ->
         return Linear(loader.ops, loader.matrix([name], [spec.vocab_size], spec.hidden_size))
     if loader.has(name):
         loader.skip(name)
-    table = embedding.table if embedding else Embedding.load(loader, spec).table
-    return TiedHead(loader.ops, table)
+    return (embedding or load_embedding(loader, spec)).head()
+
+
+def _rounded(scale: float | None, dtype: torch.dtype) -> float | None:
+    """The factor in the model's dtype, as it was in training."""
+    return None if scale is None else float(torch.tensor(scale, dtype=dtype))
 
 
 def _repeats(loader: Loader, name: str, spec: DecoderSpec) -> bool:

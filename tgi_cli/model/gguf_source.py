@@ -21,7 +21,7 @@ from tgi_cli.errors import CheckpointError, UnsupportedModel
 from tgi_cli.gguf_metadata import GGUFMetadata, TensorEntry, read_gguf_metadata
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 from tgi_cli.quantize.formats.gguf import PackedTensor
-from tgi_cli.quantize.formats.gguf_blocks import BLOCK_TYPES
+from tgi_cli.quantize.formats.gguf_blocks import BLOCK_TYPES, BlockType
 
 DOWNLOAD_AGAIN = "the file is incomplete or damaged; fetch it again"
 TYPES_BY_CODE = {kind.code: kind for kind in BLOCK_TYPES.values()}
@@ -176,7 +176,11 @@ class GgufSource:
 
     def stored_dtype(self, key: str) -> str:
         """GGUF's name of the type (`F16`, `Q4_K`), from the header."""
-        return TYPES_BY_CODE[self._entry(key)[1].ggml_type].name
+        return self.block_type(key).name
+
+    def block_type(self, key: str) -> BlockType:
+        """The type, from the header."""
+        return TYPES_BY_CODE[self._entry(key)[1].ggml_type]
 
     def read(self, key: str, shard: Shard = WHOLE) -> Tensor:
         """Read one tensor, or a shard of it: as stored if dense, else decoded to float32."""

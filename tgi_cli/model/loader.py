@@ -15,6 +15,7 @@ from tgi_cli.errors import CheckpointError
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.quantize.formats.base import WHOLE, Format, TensorSource, Weight
+from tgi_cli.quantize.formats.gguf import BlockWeight, GgufFormat
 
 _MISFIT = "the weights and `config.json` do not belong together, or the download is incomplete"
 
@@ -47,6 +48,19 @@ class Loader:
     def table(self, name: str, rows: int, columns: int) -> Tensor:
         """A matrix that is looked up, not multiplied: [rows, columns] in the model's dtype."""
         return self._tensor(name, (rows, columns), self.dtype)
+
+    def blocks(self, name: str, rows: int, columns: int) -> BlockWeight | None:
+        """A matrix as it is stored, if the format keeps it so; None, and nothing read, if not."""
+        format = self.format
+        if not isinstance(format, GgufFormat) or not format.keep_blocks:
+            return None
+        self._check(name, (rows, columns))
+        if format.common_scheme(self.source, [name]) is None:
+            return None
+        weight = format.load(self.source, name, WHOLE, self.dtype)
+        assert isinstance(weight, BlockWeight)
+        self._done(name)
+        return weight
 
     def matrix(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """Matrices of these output sizes, stacked along the output and ready for the backend."""

@@ -19,8 +19,9 @@ from tgi_cli.engine.step import RowOutput, Step, StepOutput
 
 FACTS = ModelFacts(
     model_id="m", model_path="/m", model_sha=None, architecture="A", dtype="float32",
-    kv_cache_dtype="float32", device="cpu", backend="fake", quantization=None, deterministic=True,
-    vocab_size=100, max_model_len=64, max_num_seqs=4, max_batch_tokens=16, block_size=4,
+    kv_cache_dtype="float32", device="cpu", backend="fake", quantization=None,
+    activation_dtype="float32", deterministic=True, vocab_size=100,
+    max_model_len=64, max_num_seqs=4, max_batch_tokens=16, block_size=4,
     kv_cache_tokens=256, kv_blocks_total=64, num_parameters=0, weights_bytes=0,
 )  # fmt: skip
 

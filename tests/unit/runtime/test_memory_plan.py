@@ -12,7 +12,8 @@ import torch
 from tgi_cli.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from tgi_cli.engine.kv_cache import KVCache
 from tgi_cli.engine.machine import usable_cores
-from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan, plan_for, resolve_dtype
+from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan, plan_for
+from tgi_cli.engine.precision import resolve_dtype
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.model.checkpoint import open_checkpoint

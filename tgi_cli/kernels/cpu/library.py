@@ -32,14 +32,28 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class Matrix(ctypes.Structure):
+    """A matrix [n, k] in one of the forms of `csrc/kernels.h`."""
+
+    _fields_ = (("data", _POINTER), ("n", _INT64), ("k", _INT64), ("form", _INT32))
+
+
 class Gemm(ctypes.Structure):
     """`out = epilogue(x @ w.T + bias)`; see `csrc/kernels.h` for layouts."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "w", "bias", "out")),
-        *((name, _INT64) for name in ("m", "n", "k", "ldx", "ldo")),
+        ("x", _POINTER),
+        ("w", Matrix),
+        *((name, _POINTER) for name in ("bias", "out")),
+        *((name, _INT64) for name in ("m", "ldx", "ldo")),
         ("epilogue", _INT32),
     )
+
+
+class PackGrouped(ctypes.Structure):
+    """Codes, scales and minima of whole panels, to be packed."""
+
+    _fields_ = (("w", Matrix), *((name, _POINTER) for name in ("codes", "scales", "minima")))
 
 
 class RmsNorm(ctypes.Structure):
@@ -105,10 +119,10 @@ class Embed(ctypes.Structure):
     """Rows of the embedding table, scaled, as fp32."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("table", "ids", "out")),
-        *((name, _INT64) for name in ("tokens", "dim")),
+        ("table", Matrix),
+        *((name, _POINTER) for name in ("ids", "out")),
+        ("tokens", _INT64),
         ("scale", _FLOAT),
-        ("packed", _INT32),
     )
 
 
@@ -116,28 +130,15 @@ class LayerProgram(ctypes.Structure):
     """One layer of a decoder: weights, cache and sizes."""
 
     _fields_ = (
-        *(
-            (name, _POINTER)
-            for name in (
-                "attention_norm",
-                "qkv",
-                "qkv_bias",
-                "q_norm",
-                "k_norm",
-                "cos_sin",
-                "output",
-                "output_bias",
-                "after_attention_norm",
-                "feed_norm",
-                "gate_up",
-                "gate_up_bias",
-                "down",
-                "down_bias",
-                "after_feed_norm",
-                "k_cache",
-                "v_cache",
-            )
-        ),
+        ("attention_norm", _POINTER),
+        ("qkv", Matrix),
+        *((name, _POINTER) for name in ("qkv_bias", "q_norm", "k_norm", "cos_sin")),
+        ("output", Matrix),
+        *((name, _POINTER) for name in ("output_bias", "after_attention_norm", "feed_norm")),
+        ("gate_up", Matrix),
+        ("gate_up_bias", _POINTER),
+        ("down", Matrix),
+        *((name, _POINTER) for name in ("down_bias", "after_feed_norm", "k_cache", "v_cache")),
         *(
             (name, _INT64)
             for name in (
@@ -160,10 +161,10 @@ class Program(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(LayerProgram)),
-        *((name, _POINTER) for name in ("table", "final_norm")),
+        ("table", Matrix),
+        ("final_norm", _POINTER),
         *((name, _INT64) for name in ("num_layers", "hidden")),
         *((name, _FLOAT) for name in ("embedding_scale", "final_eps")),
-        ("table_packed", _INT32),
     )
 
 
@@ -246,6 +247,10 @@ class Context:
         """Pack a contiguous bf16 [n, k] matrix (k even) into panels of `PANEL` outputs."""
         n, k = weight.shape
         self._dll.tgi_pack(self.handle, weight.data_ptr(), n, k, out.data_ptr())
+
+    def pack_grouped(self, arguments: PackGrouped) -> None:
+        """Pack rows that are given as codes, scales and minima; on the calling thread."""
+        self._dll.tgi_pack_grouped(self.handle, ctypes.byref(arguments))
 
     def close(self) -> None:
         """End the pool's threads; the context must not be used afterwards."""

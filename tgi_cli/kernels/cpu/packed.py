@@ -12,7 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgi_cli.kernels.cpu.library import PANEL, Context, Embed, Gemm, pointer
+from tgi_cli.kernels.cpu.library import (
+    PANEL,
+    Context,
+    Embed,
+    Gemm,
+    Matrix,
+    PackGrouped,
+    pointer,
+)
+from tgi_cli.kernels.grouped import (
+    INT4,
+    INT4_MINIMUM,
+    INT4_MINIMUM_FLOAT,
+    INT8,
+    INT8_HALF_GROUPS,
+    INT8_MINIMUM_FLOAT,
+    Grouped,
+    GroupedRows,
+    GroupScheme,
+)
+
+#: Form in csrc/kernels.h: rows of bf16, panels of bf16, and the grouped ones.
+ROWS, BF16 = 0, 1
+FORMS = {
+    INT8: 2,
+    INT4: 3,
+    INT4_MINIMUM: 4,
+    INT4_MINIMUM_FLOAT: 5,
+    INT8_MINIMUM_FLOAT: 6,
+    INT8_HALF_GROUPS: 7,
+}
+_RUN = 32  # inputs that are stored, and whose activations are rounded, together
+_PACKED_ROWS = 1024  # rows decoded at a time
 
 _STORE = {torch.float32: 0, torch.bfloat16: 1}  # Epilogue in csrc/kernels.h
 
@@ -35,18 +67,60 @@ def deinterleave(rows: Tensor) -> Tensor:
     return torch.cat([pairs[:, 0].flatten(0, 1), pairs[:, 1].flatten(0, 1)])
 
 
-class PackedWeight:
-    """A bf16 matrix in panels of 32 outputs: [panels, in_features / 2, 32, 2]."""
+def matrix_bytes(scheme: GroupScheme | None, rows: int, columns: int) -> int:
+    """Bytes of a packed matrix: in bf16, or by its scheme."""
+    rows = panels(rows) * PANEL
+    return rows * columns * 2 if scheme is None else scheme.nbytes(rows, columns)
 
-    def __init__(self, context: Context, weight: Tensor, *, interleaved: bool = False) -> None:
-        self.out_features, self.in_features = weight.shape
+
+class PackedWeight:
+    """A matrix in panels of `PANEL` outputs; `data` is laid out as its form in `csrc` says.
+
+    `scheme` is None for bf16. Grouped weights multiply activations rounded to int8.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        shape: tuple[int, int],
+        data: Tensor,
+        scheme: GroupScheme | None,
+        *,
+        interleaved: bool,
+    ) -> None:
+        self.out_features, self.in_features = shape
+        self.scheme = scheme
         self.interleaved = interleaved
+        self.data = data
+        self.nbytes = data.nbytes
         self._context = context
-        rows = interleave(weight) if interleaved else weight
-        shape = (panels(self.out_features), self.in_features // 2, PANEL, 2)
-        self.data = torch.empty(shape, dtype=torch.bfloat16)
-        context.pack(rows.contiguous(), self.data)
-        self.nbytes = self.data.numel() * 2
+        self._form = BF16 if scheme is None else FORMS[scheme]
+
+    @classmethod
+    def dense(cls, context: Context, weight: Tensor, *, interleaved: bool = False) -> PackedWeight:
+        """Pack a bf16 [out_features, in_features] matrix."""
+        rows, columns = weight.shape
+        data = torch.empty((panels(rows), columns // 2, PANEL, 2), dtype=torch.bfloat16)
+        context.pack((interleave(weight) if interleaved else weight).contiguous(), data)
+        return cls(context, (rows, columns), data, None, interleaved=interleaved)
+
+    @classmethod
+    def grouped(
+        cls, context: Context, weight: GroupedRows, *, interleaved: bool = False
+    ) -> PackedWeight:
+        """Pack a grouped matrix, some panels at a time; `in_features` is a multiple of 32."""
+        rows, columns = weight.out_features, weight.in_features
+        data = torch.empty(matrix_bytes(weight.scheme, rows, columns), dtype=torch.uint8)
+        made = cls(context, (rows, columns), data, weight.scheme, interleaved=interleaved)
+        for start in range(0, rows, _PACKED_ROWS):
+            end = min(rows, start + _PACKED_ROWS)
+            made._fill(start, end, made._ordered(weight, start, end))
+        return made
+
+    @property
+    def matrix(self) -> Matrix:
+        """The C struct; it points to `data`."""
+        return Matrix(pointer(self.data), self.out_features, self.in_features, self._form)
 
     def matmul(self, x: Tensor, ops: Any) -> Tensor:
         """[tokens, in_features] bf16 -> [tokens, out_features] bf16."""
@@ -60,10 +134,9 @@ class PackedWeight:
 
     def embed(self, token_ids: Tensor, scale: float) -> Tensor:
         """Rows of the matrix, scaled: [tokens] int64 -> [tokens, in_features] float32."""
-        tokens, dim = len(token_ids), self.in_features
-        out = torch.empty((tokens, dim))
-        table, ids = pointer(self.data), pointer(token_ids)
-        self._context.call("embed", Embed(table, ids, pointer(out), tokens, dim, scale, 1))
+        out = torch.empty((len(token_ids), self.in_features))
+        ids, tokens = pointer(token_ids), len(token_ids)
+        self._context.call("embed", Embed(self.matrix, ids, pointer(out), tokens, scale))
         return out
 
     def prepare(self, ops: Any, out: Tensor | None = None) -> PackedWeight:
@@ -71,18 +144,66 @@ class PackedWeight:
         return self
 
     def dequantize(self) -> Tensor:
-        """The dense matrix."""
-        rows = self.data.permute(0, 2, 1, 3).reshape(-1, self.in_features)[: self.out_features]
-        return deinterleave(rows) if self.interleaved else rows.contiguous()
+        """The dense matrix: bf16, or float32 where it is grouped."""
+        rows, columns = self.out_features, self.in_features
+        if self.scheme is None:
+            dense = self.data.permute(0, 2, 1, 3).reshape(-1, columns)
+        else:
+            dense = self.scheme.decode(self._unpacked(self.scheme))
+        return deinterleave(dense[:rows]) if self.interleaved else dense[:rows].contiguous()
+
+    def _ordered(self, weight: GroupedRows, start: int, end: int) -> Grouped:
+        """Rows as they lie in the panels; with interleaving those of gate and up in turns."""
+        if not self.interleaved:
+            return weight.rows(start, end)
+        half = weight.out_features // 2
+        gate, up = (
+            weight.rows(first + start // 2, first + end // 2) for first in (0, half)
+        )  # panels hold as many rows of either
+
+        def mix(first: Tensor, second: Tensor) -> Tensor:
+            return interleave(torch.cat([first, second]))
+
+        minima = None
+        if gate.minima is not None and up.minima is not None:
+            minima = mix(gate.minima, up.minima)
+        return Grouped(mix(gate.codes, up.codes), mix(gate.scales, up.scales), minima)
+
+    def _fill(self, start: int, end: int, rows: Grouped) -> None:
+        """Pack rows that begin at a panel."""
+        columns, offset = self.in_features, matrix_bytes(self.scheme, start, self.in_features)
+        codes, scales = rows.codes.contiguous(), rows.scales.contiguous()
+        minima = None if rows.minima is None else rows.minima.contiguous()
+        target = Matrix(self.data.data_ptr() + offset, end - start, columns, self._form)
+        self._context.pack_grouped(
+            PackGrouped(target, pointer(codes), pointer(scales), pointer(minima))
+        )
+
+    def _unpacked(self, scheme: GroupScheme) -> Grouped:
+        """Codes, scales and minima out of the panels."""
+        groups, parts = self.in_features // _RUN, _RUN // scheme.group
+        count = panels(self.out_features)
+        data = self.data.view(count, groups, -1)
+        split = PANEL * _RUN * scheme.bits // 8
+        codes = data[:, :, :split].reshape(count, groups, -1, PANEL, 4)
+        if scheme.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
+        codes = codes.permute(0, 3, 1, 2, 4).reshape(count * PANEL, -1)
+        floats = data[:, :, split:].contiguous().view(scheme.scale)
+        floats = floats.view(count, groups, -1, PANEL).permute(0, 3, 1, 2)
+
+        def rows(part: Tensor) -> Tensor:
+            return part.reshape(count * PANEL, -1)
+
+        minima = rows(floats[..., parts:]) if scheme.minimum else None
+        return Grouped(codes, rows(floats[..., :parts]), minima)
 
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.contiguous()
         tokens, n, k = x.shape[0], self.out_features, self.in_features
         out = torch.empty((tokens, n), dtype=dtype)
-        data, epilogue = pointer(self.data), _STORE[dtype]
-        self._context.call(
-            "gemm", Gemm(pointer(x), data, None, pointer(out), tokens, n, k, k, n, epilogue)
-        )
+        arguments = Gemm(pointer(x), self.matrix, None, pointer(out), tokens, k, n, _STORE[dtype])
+        self._context.call("gemm", arguments)
         return out
 
 
@@ -103,6 +224,7 @@ class PackedEmbedding:
     def __init__(self, weight: PackedWeight, scale: float | None) -> None:
         self.weight = weight
         self.scale = scale
+        self.dtype = torch.bfloat16
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden_size] bf16."""

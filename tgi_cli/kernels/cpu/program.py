@@ -18,11 +18,19 @@ from tgi_cli.kernels.cpu.library import (
     BLOCK,
     Context,
     LayerProgram,
+    Matrix,
     Program,
     StepInput,
     pointer,
 )
-from tgi_cli.kernels.cpu.packed import PackedEmbedding, PackedHead, PackedWeight, interleave
+from tgi_cli.kernels.cpu.packed import (
+    ROWS,
+    PackedEmbedding,
+    PackedHead,
+    PackedWeight,
+    interleave,
+)
+from tgi_cli.kernels.grouped import GroupedRows
 
 _ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
 _MAX_HEAD_DIM = 512
@@ -33,12 +41,17 @@ def reason_against(decoder: Any, block_size: int = BLOCK) -> str | None:
     spec = getattr(decoder, "spec", None)
     if spec is None:
         return "it is no composed decoder"
-    if block_size != BLOCK:
-        return f"its KV blocks have {block_size} tokens and not {BLOCK}"
     if decoder.embedding is None or decoder.head is None:
         return "it is an inner stage of a pipeline"
-    if decoder.embedding.table.dtype != torch.bfloat16:
-        return f"its dtype is {str(decoder.embedding.table.dtype).removeprefix('torch.')}"
+    return reason_against_spec(spec, decoder.embedding.dtype, block_size)
+
+
+def reason_against_spec(spec: Any, dtype: torch.dtype, block_size: int = BLOCK) -> str | None:
+    """Why a whole decoder of this description would have no program, or None."""
+    if block_size != BLOCK:
+        return f"its KV blocks have {block_size} tokens and not {BLOCK}"
+    if dtype != torch.bfloat16:
+        return f"its dtype is {str(dtype).removeprefix('torch.')}"
     if spec.hidden_size % 16:
         return f"its hidden size {spec.hidden_size} is no multiple of 16"
     for layer in spec.layers:
@@ -111,12 +124,19 @@ class NativeStep:
     def _floats(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else pointer(self._keep(tensor.float().contiguous()))
 
-    def _pack(self, linear: Any, *, interleaved: bool = False) -> int | None:
-        """Repack a linear layer's matrix in place; its dense form is freed."""
+    def _pack(self, linear: Any, *, interleaved: bool = False) -> Matrix:
+        """Repack a linear layer's matrix in place; its former form is freed."""
         if not isinstance(linear.weight, PackedWeight):
-            dense = linear.weight.dequantize().to(torch.bfloat16)
-            linear.weight = PackedWeight(self._context, dense, interleaved=interleaved)
-        return pointer(self._keep(linear.weight.data))
+            linear.weight = self._packed(linear.weight, interleaved=interleaved)
+        self._keep(linear.weight.data)
+        matrix: Matrix = linear.weight.matrix
+        return matrix
+
+    def _packed(self, weight: Any, *, interleaved: bool = False) -> PackedWeight:
+        if isinstance(weight, GroupedRows):
+            return PackedWeight.grouped(self._context, weight, interleaved=interleaved)
+        dense = weight.dequantize().to(torch.bfloat16)
+        return PackedWeight.dense(self._context, dense, interleaved=interleaved)
 
     def _fill(self, out: LayerProgram, layer: Any, part: Any, group: int, table: Tensor) -> None:
         attention, mlp, spec = layer.attention, layer.mlp, part.attention
@@ -147,24 +167,31 @@ class NativeStep:
 
     def _ends(self, decoder: Any) -> Program:
         spec, embedding, head = self._spec, decoder.embedding, decoder.head
-        if hasattr(head, "weight"):
-            self._pack(head)
-            decoder.head = PackedHead(head.weight)
-            table, packed = pointer(self._keep(embedding.table)), 0
-        else:  # tied: one packed copy serves both ends
-            weight = PackedWeight(self._context, embedding.table)
-            decoder.head = PackedHead(weight)
-            decoder.embedding = PackedEmbedding(weight, embedding.scale)
-            table, packed = pointer(self._keep(weight.data)), 1
+        blocks, own = getattr(embedding, "weight", None), getattr(head, "weight", None)
+        if blocks is None and own is not None:
+            table: Tensor = self._keep(embedding.table)
+            matrix = Matrix(pointer(table), *table.shape, ROWS)
+        else:  # where the head is tied, one packed copy serves both ends
+            packed = (
+                PackedWeight.dense(self._context, embedding.table)
+                if blocks is None
+                else self._packed(blocks)
+            )
+            self._keep(packed.data)
+            matrix = packed.matrix
+            decoder.embedding = PackedEmbedding(packed, embedding.scale)
+            own = packed if own is blocks else own
+        packed_head = own if isinstance(own, PackedWeight) else self._packed(own)
+        self._keep(packed_head.data)
+        decoder.head = PackedHead(packed_head)
         return Program(
             layers=self._layers,
-            table=table,
+            table=matrix,
             final_norm=self._floats(decoder.norm.weight),
             num_layers=len(spec.layers),
             hidden=spec.hidden_size,
             embedding_scale=1.0 if embedding.scale is None else embedding.scale,
             final_eps=decoder.norm.eps,
-            table_packed=packed,
         )
 
     def _grow(self, tokens: int) -> None:

@@ -3,7 +3,8 @@
 The layouts are those of ggml (llama.cpp, `ggml-common.h`): legacy types hold 32 values under one
 half-precision scale (`_0`) or scale and minimum (`_1`); K types hold 256 values as 8 or 16 groups
 with small integer scales under a super-scale. Every decoder multiplies and adds in float32 in the
-order ggml does, so values are equal bit for bit. Knows no file and no tensor name.
+order ggml does, so values are equal bit for bit. Types that are codes with a scale for each group
+can be given as such without loss, for kernels that multiply them. Knows no file and no tensor name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tgi_cli.kernels.grouped import (
+    INT4,
+    INT4_MINIMUM,
+    INT4_MINIMUM_FLOAT,
+    INT8,
+    INT8_HALF_GROUPS,
+    INT8_MINIMUM_FLOAT,
+    Grouped,
+    GroupScheme,
+)
 
 # Elements decoded at a time: intermediates stay in cache and memory beyond the result bounded.
 CHUNK_ELEMENTS = 1 << 18
@@ -26,7 +38,8 @@ class BlockType:
     """One tensor type: `block_size` elements in `type_size` bytes; `code` is its number in files.
 
     `decode` takes uint8 [blocks, type_size] and gives float32 [blocks, block_size]; `dtype` is
-    set for types that are plain floats which torch can hold as they are.
+    set for types that are plain floats which torch can hold as they are. `split` gives the same
+    blocks as groups of `scheme`.
     """
 
     name: str
@@ -35,6 +48,8 @@ class BlockType:
     type_size: int
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype | None = None
+    scheme: GroupScheme | None = None
+    split: Callable[[Tensor], Grouped] | None = None
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row of `columns` elements, which are whole blocks."""
@@ -70,6 +85,18 @@ def dequantize(
     return out
 
 
+def regroup(packed: Tensor, kind: BlockType) -> Grouped:
+    """Rows as groups of `kind.scheme`: uint8 [rows, row_bytes] to codes [rows, columns]."""
+    assert kind.split is not None
+    rows = len(packed)
+    grouped = kind.split(packed.reshape(-1, kind.type_size))
+    return Grouped(
+        grouped.codes.view(rows, -1),
+        grouped.scales.reshape(rows, -1),
+        None if grouped.minima is None else grouped.minima.reshape(rows, -1),
+    )
+
+
 def _half(blocks: Tensor, start: int) -> Tensor:
     """Read the half-precision number at byte `start` of every block: float32 [blocks, 1]."""
     return blocks[:, start : start + 2].view(torch.float16).float()
@@ -100,32 +127,37 @@ def _grouped(values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Ten
     return grouped
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return (_fields(blocks[:, 2:], 16, 0, 4).float() - 8) * _half(blocks, 0)
+def _half_as_is(blocks: Tensor, start: int) -> Tensor:
+    return blocks[:, start : start + 2].view(torch.float16)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 4:], 16, 0, 4).float() * _half(blocks, 0) + _half(blocks, 2)
+def _q4_0(blocks: Tensor) -> Grouped:
+    return Grouped(_fields(blocks[:, 2:], 16, 0, 4), _half_as_is(blocks, 0))
 
 
-def _q5_0(blocks: Tensor) -> Tensor:
+def _q4_1(blocks: Tensor) -> Grouped:
+    codes = _fields(blocks[:, 4:], 16, 0, 4)
+    return Grouped(codes, _half_as_is(blocks, 0), _half_as_is(blocks, 2))
+
+
+def _q5_0(blocks: Tensor) -> Grouped:
     value = _fields(blocks[:, 6:], 16, 0, 4) | (_bits(blocks[:, 2:6]) << 4)
-    return (value.float() - 16) * _half(blocks, 0)
+    return Grouped(value + (128 - 16), _half_as_is(blocks, 0))
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
+def _q5_1(blocks: Tensor) -> Grouped:
     value = _fields(blocks[:, 8:], 16, 0, 4) | (_bits(blocks[:, 4:8]) << 4)
-    return value.float() * _half(blocks, 0) + _half(blocks, 2)
+    return Grouped(value, _half(blocks, 0), _half(blocks, 2))
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8).float() * _half(blocks, 0)
+def _q8_0(blocks: Tensor) -> Grouped:
+    return Grouped(blocks[:, 2:] ^ 128, _half_as_is(blocks, 0))
 
 
-def _iq4_nl(blocks: Tensor) -> Tensor:
+def _iq4_nl(blocks: Tensor) -> Grouped:
     index = _fields(blocks[:, 2:], 16, 0, 4).int()
-    levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
-    return levels.index_select(0, index.view(-1)).view_as(index) * _half(blocks, 0)
+    codes = torch.tensor(IQ4_LEVELS, dtype=torch.int32).add(128).byte()
+    return Grouped(codes.index_select(0, index.view(-1)).view_as(index), _half_as_is(blocks, 0))
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
@@ -135,14 +167,15 @@ def _q2_k(blocks: Tensor) -> Tensor:
     return _grouped(_fields(blocks[:, 16:80], 32, 0, 2, 4, 6), scale, minimum)
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
+def _q3_k(blocks: Tensor) -> Grouped:
     low = _fields(blocks[:, 32:96], 32, 0, 2, 4, 6)
     high = _fields(blocks[:, :32], 32, 0, 1, 2, 3, 4, 5, 6, 7)
     # Sixteen 6-bit scales: four low bits in bytes 0-7, two high bits in bytes 8-11.
     packed = blocks[:, 96:108]
     scale = _fields(packed[:, :8], 8, 0, 4) | (_fields(packed[:, 8:], 4, 0, 2, 4, 6) << 4)
     # A clear high bit stands for minus four.
-    return _grouped((low | (high << 2)).float() - 4, _half(blocks, 108) * (scale.float() - 32))
+    scales = _half(blocks, 108) * (scale.float() - 32)
+    return Grouped((low | (high << 2)) + (128 - 4), scales)
 
 
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,28 +191,42 @@ def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
+def _q4_k(blocks: Tensor) -> Grouped:
     scale, minimum = _k_scales(blocks[:, 4:16])
     value = _fields(blocks[:, 16:], 32, 0, 4)
-    return _grouped(value, _half(blocks, 0) * scale, _half(blocks, 2) * minimum)
+    return Grouped(value, _half(blocks, 0) * scale, -_half(blocks, 2) * minimum)
 
 
-def _q5_k(blocks: Tensor) -> Tensor:
+def _q5_k(blocks: Tensor) -> Grouped:
     scale, minimum = _k_scales(blocks[:, 4:16])
     high = _fields(blocks[:, 16:48], 32, 0, 1, 2, 3, 4, 5, 6, 7)
     value = _fields(blocks[:, 48:], 32, 0, 4) | (high << 4)
-    return _grouped(value, _half(blocks, 0) * scale, _half(blocks, 2) * minimum)
+    return Grouped(value, _half(blocks, 0) * scale, -_half(blocks, 2) * minimum)
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
+def _q6_k(blocks: Tensor) -> Grouped:
     low = _fields(blocks[:, :128], 64, 0, 4)
     high = _fields(blocks[:, 128:192], 32, 0, 2, 4, 6)
     scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8)
-    return _grouped((low | (high << 4)).float() - 32, scale)
+    return Grouped((low | (high << 4)) + (128 - 32), scale)
 
 
 def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda blocks: blocks.view(dtype).float()
+
+
+def _codes(
+    name: str,
+    code: int,
+    block_size: int,
+    type_size: int,
+    scheme: GroupScheme,
+    split: Callable[[Tensor], Grouped],
+) -> BlockType:
+    def decode(blocks: Tensor) -> Tensor:
+        return scheme.decode(split(blocks))
+
+    return BlockType(name, code, block_size, type_size, decode, scheme=scheme, split=split)
 
 
 BLOCK_TYPES = {
@@ -189,16 +236,16 @@ BLOCK_TYPES = {
         BlockType("F16", 1, 1, 2, _plain(torch.float16), torch.float16),
         BlockType("BF16", 30, 1, 2, _plain(torch.bfloat16), torch.bfloat16),
         BlockType("F64", 28, 1, 8, _plain(torch.float64)),
-        BlockType("Q4_0", 2, 32, 18, _q4_0),
-        BlockType("Q4_1", 3, 32, 20, _q4_1),
-        BlockType("Q5_0", 6, 32, 22, _q5_0),
-        BlockType("Q5_1", 7, 32, 24, _q5_1),
-        BlockType("Q8_0", 8, 32, 34, _q8_0),
+        _codes("Q4_0", 2, 32, 18, INT4, _q4_0),
+        _codes("Q4_1", 3, 32, 20, INT4_MINIMUM, _q4_1),
+        _codes("Q5_0", 6, 32, 22, INT8, _q5_0),
+        _codes("Q5_1", 7, 32, 24, INT8_MINIMUM_FLOAT, _q5_1),
+        _codes("Q8_0", 8, 32, 34, INT8, _q8_0),
         BlockType("Q2_K", 10, 256, 84, _q2_k),
-        BlockType("Q3_K", 11, 256, 110, _q3_k),
-        BlockType("Q4_K", 12, 256, 144, _q4_k),
-        BlockType("Q5_K", 13, 256, 176, _q5_k),
-        BlockType("Q6_K", 14, 256, 210, _q6_k),
-        BlockType("IQ4_NL", 20, 32, 18, _iq4_nl),
+        _codes("Q3_K", 11, 256, 110, INT8_HALF_GROUPS, _q3_k),
+        _codes("Q4_K", 12, 256, 144, INT4_MINIMUM_FLOAT, _q4_k),
+        _codes("Q5_K", 13, 256, 176, INT8_MINIMUM_FLOAT, _q5_k),
+        _codes("Q6_K", 14, 256, 210, INT8_HALF_GROUPS, _q6_k),
+        _codes("IQ4_NL", 20, 32, 18, INT8, _iq4_nl),
     )
 }

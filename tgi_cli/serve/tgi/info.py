@@ -37,6 +37,7 @@ async def info(request: web.Request) -> web.Response:
         "weights_bytes": facts.weights_bytes,
         "quantization": facts.quantization,
         "model_dtype": facts.dtype,
+        "activation_dtype": facts.activation_dtype,
         "kv_cache_dtype": facts.kv_cache_dtype,
         "model_device_type": facts.device,
         "backend": facts.backend,

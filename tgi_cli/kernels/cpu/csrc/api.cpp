@@ -19,11 +19,15 @@ extern "C" {
 const char* tgi_variants() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512bf16,avx512,avx2";
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) return "avx512bf16,avx512vnni,avx512,avx2";
+  if (vnni) return "avx512vnni,avx512,avx2";
   if (avx512) return "avx512,avx2";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+  if (avx2) return "avx2";
 #endif
   return "";
 }
@@ -34,7 +38,8 @@ void* tgi_context(const char* variant, int threads) {
   const size_t length = std::strlen(variant);
   if (length == 0 || found == nullptr || threads < 1) return nullptr;
   const tgi::Kernels* kernels = nullptr;
-  for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512(), tgi::kernels_avx2()})
+  for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512vnni(),
+                                   tgi::kernels_avx512(), tgi::kernels_avx2()})
     if (each != nullptr && std::strcmp(each->name, variant) == 0) kernels = each;
   if (kernels == nullptr) return nullptr;
   return new Context{tgi::Pool(threads), kernels};
@@ -44,6 +49,10 @@ void tgi_close(void* context) { delete static_cast<Context*>(context); }
 
 void tgi_pack(void* context, const uint16_t* w, int64_t n, int64_t k, uint16_t* out) {
   static_cast<Context*>(context)->kernels->pack(w, n, k, out);
+}
+
+void tgi_pack_grouped(void* context, const tgi::PackGrouped* arguments) {
+  static_cast<Context*>(context)->kernels->pack_grouped(*arguments);
 }
 
 #define TGI_CALL(function, type)                          \

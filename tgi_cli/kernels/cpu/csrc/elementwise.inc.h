@@ -85,22 +85,3 @@ void rope_store(Pool& pool, const RopeStore& a) {
     }
   });
 }
-
-void embed(Pool& pool, const Embed& a) {
-  constexpr int64_t kTokens = 16;
-  pool.parallel((a.tokens + kTokens - 1) / kTokens, [&](int64_t item, int) {
-    const int64_t end = (item + 1) * kTokens < a.tokens ? (item + 1) * kTokens : a.tokens;
-    for (int64_t t = item * kTokens; t < end; ++t) {
-      float* out = a.out + t * a.dim;
-      const int64_t id = a.ids[t];
-      // Consecutive pairs of a row lie one panel width apart when packed.
-      const bf16* row = a.packed ? a.table + (id / kPanel * (a.dim / 2) * kPanel + id % kPanel) * 2
-                                 : a.table + id * a.dim;
-      const int64_t stride = a.packed ? 2 * kPanel : 2;
-      for (int64_t i = 0; i < a.dim / 2; ++i) {
-        out[2 * i] = a.scale * to_float(row[i * stride]);
-        out[2 * i + 1] = a.scale * to_float(row[i * stride + 1]);
-      }
-    }
-  });
-}

@@ -28,82 +28,13 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
   }
 }
 
-inline vf silu(vf x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
-
-// tanh by exp: exact limits at both ends, since exp saturates.
-inline vf tanh(vf x) {
-  const vf e = exp(mul(set1(2.0f), max(min(x, set1(20.0f)), set1(-20.0f))));
-  return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
-}
-
-inline vf gelu_tanh(vf x) {
-  const vf cube = mul(mul(x, x), x);
-  const vf inner = mul(set1(0.7978845608028654f), fma(set1(0.044715f), cube, x));
-  return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
-}
-
-inline void store_tail(const Gemm& g, int64_t row, int64_t col, const float* values, int count) {
-  for (int i = 0; i < count; ++i) {
-    if (g.epilogue == static_cast<int32_t>(Epilogue::kStoreBf16)) {
-      static_cast<bf16*>(g.out)[row * g.ldo + col + i] = to_bf16(values[i]);
-    } else {
-      float* out = static_cast<float*>(g.out) + row * g.ldo + col + i;
-      *out = g.epilogue == static_cast<int32_t>(Epilogue::kAddFloat) ? *out + values[i] : values[i];
-    }
-  }
-}
-
-// One row of one panel: bias, then the epilogue.
-inline void gemm_finish(const Gemm& g, int64_t row, int64_t panel, const vf* acc_in) {
-  constexpr int kPer = kPanel / kLanes;
-  const int64_t col = panel * kPanel;
-  vf acc[kPer];
-  for (int v = 0; v < kPer; ++v) acc[v] = acc_in[v];
-  if (g.bias != nullptr)
-    for (int v = 0; v < kPer; ++v) {
-      float b[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t c = col + v * kLanes + i;
-        b[i] = c < g.n ? g.bias[c] : 0.0f;
-      }
-      acc[v] = add(acc[v], load(b));
-    }
-  switch (static_cast<Epilogue>(g.epilogue)) {
-    case Epilogue::kSiluMul:
-    case Epilogue::kGeluTanhMul: {
-      bf16* out = static_cast<bf16*>(g.out) + row * g.ldo + col / 2;
-      const bool is_silu = g.epilogue == static_cast<int32_t>(Epilogue::kSiluMul);
-      for (int v = 0; v < kPer / 2; ++v) {
-        const vf gate = is_silu ? silu(acc[v]) : gelu_tanh(acc[v]);
-        store_bf16(out + v * kLanes, mul(gate, acc[v + kPer / 2]));
-      }
-      return;
-    }
-    default:
-      break;
-  }
-  if (col + kPanel > g.n) {
-    float values[kPanel];
-    for (int v = 0; v < kPer; ++v) store(values + v * kLanes, acc[v]);
-    store_tail(g, row, col, values, static_cast<int>(g.n - col));
-    return;
-  }
-  for (int v = 0; v < kPer; ++v) {
-    const int64_t at = row * g.ldo + col + v * kLanes;
-    if (g.epilogue == static_cast<int32_t>(Epilogue::kStoreBf16)) {
-      store_bf16(static_cast<bf16*>(g.out) + at, acc[v]);
-    } else {
-      float* out = static_cast<float*>(g.out) + at;
-      store(out, g.epilogue == static_cast<int32_t>(Epilogue::kAddFloat) ? add(load(out), acc[v]) : acc[v]);
-    }
-  }
-}
-
 template <int kRows, int kPanels>
 inline void gemm_rows(const Gemm& g, int64_t row, int64_t panel) {
   constexpr int kPer = kPanel / kLanes;
   vf acc[kRows][kPanels * kPer];
-  gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, g.w + panel * g.k * kPanel, g.k * kPanel, g.k, acc);
+  const int64_t k = g.w.k;
+  const bf16* w = static_cast<const bf16*>(g.w.data) + panel * k * kPanel;
+  gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, w, k * kPanel, k, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
@@ -129,24 +60,9 @@ inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel) 
   }
 }
 
-void gemm(Pool& pool, const Gemm& g) {
-  if (g.m <= 0) return;
-  const int64_t panels = (g.n + kPanel - 1) / kPanel;
-  constexpr int64_t kRowBlock = kMaxRows * 16;
-  const int64_t row_blocks = (g.m + kRowBlock - 1) / kRowBlock;
-  // Few rows: each thread streams runs of panels. Many rows: one panel group a time, reused by a block.
-  const int64_t wanted = 4 * pool.size();
-  int64_t chunk = kGroup;
-  if (row_blocks == 1) {
-    chunk = (panels + wanted - 1) / wanted;
-    if (g.m > 1) chunk = (chunk + kGroup - 1) / kGroup * kGroup;
-  }
-  const int64_t chunks = (panels + chunk - 1) / chunk;
-  pool.parallel(chunks * row_blocks, [&](int64_t item, int) {
-    const int64_t row = item % row_blocks * kRowBlock;
-    const int64_t rows = row + kRowBlock <= g.m ? kRowBlock : g.m - row;
-    int64_t panel = item / row_blocks * chunk;
-    const int64_t end = panel + chunk < panels ? panel + chunk : panels;
+inline void gemm_bf16(Pool& pool, const Gemm& g) {
+  split_work(pool, g, kMaxRows * 16, kGroup, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    const int64_t end = panel + panels;
     for (; panel + kGroup <= end; panel += kGroup) gemm_block<kGroup>(g, row, rows, panel);
     if (panel < end) gemm_block<1>(g, row, rows, panel);
   });

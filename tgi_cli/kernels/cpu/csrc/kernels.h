@@ -22,13 +22,41 @@ enum class Epilogue : int32_t {
   kGeluTanhMul = 4,  // likewise with the tanh form of GELU
 };
 
+// How a matrix [n, k] is stored. The grouped forms hold unsigned codes of 8 or 4 bits in panels of 32
+// outputs, with a scale and perhaps a minimum for each output and 32 (or 16) inputs; see
+// gemm_q.inc.h. They are multiplied by activations that are rounded to 8 bits per 32 inputs.
+enum class Form : int32_t {
+  kRows = 0,      // bf16 [n][k], for Embed alone
+  kBf16 = 1,      // bf16 [ceil(n / 32)][k / 2][32][2]
+  kInt8 = 2,      // (code - 128) * half scale
+  kInt4 = 3,      // (code - 8) * half scale
+  kInt4Min = 4,   // code * half scale + half minimum
+  kInt4MinF = 5,  // code * float scale + float minimum
+  kInt8MinF = 6,  // likewise with 8 bits
+  kInt8F16 = 7,   // (code - 128) * float scale, one for each 16 inputs
+};
+
+struct Matrix {
+  const void* data;
+  int64_t n, k;  // k is even, and a multiple of 32 in grouped forms
+  int32_t form;
+};
+
 struct Gemm {
   const uint16_t* x;  // bf16 [m, ldx]
-  const uint16_t* w;  // bf16 packed [ceil(n / 32)][k / 2][32][2]
+  Matrix w;
   const float* bias;  // [n] or null, in packed row order
   void* out;
-  int64_t m, n, k, ldx, ldo;
+  int64_t m, ldx, ldo;
   int32_t epilogue;
+};
+
+// Panels out of rows that are given as codes [n, k], scales and minima [n, groups].
+struct PackGrouped {
+  Matrix w;  // `data` is written
+  const uint8_t* codes;
+  const void* scales;   // fp16 or fp32, as the form has them
+  const void* minima;   // null where the form has none
 };
 
 struct RmsNorm {
@@ -68,17 +96,17 @@ struct Attention {
 };
 
 struct Embed {
-  const uint16_t* table;  // bf16 [vocab, dim], or packed as a matrix of `vocab` outputs
-  const int64_t* ids;   // [tokens]
-  float* out;           // [tokens, dim]
-  int64_t tokens, dim;
+  Matrix table;        // [vocab, dim]
+  const int64_t* ids;  // [tokens]
+  float* out;          // [tokens, dim]
+  int64_t tokens;
   float scale;
-  int32_t packed;
 };
 
 struct Kernels {
   const char* name;
   void (*pack)(const uint16_t* w, int64_t n, int64_t k, uint16_t* out);
+  void (*pack_grouped)(const PackGrouped&);
   void (*gemm)(Pool&, const Gemm&);
   void (*rms_norm)(Pool&, const RmsNorm&);
   void (*rope_store)(Pool&, const RopeStore&);
@@ -88,6 +116,7 @@ struct Kernels {
 
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512bf16();
 
 }  // namespace tgi

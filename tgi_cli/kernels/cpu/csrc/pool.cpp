@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,6 +54,17 @@ Pool::~Pool() {
   wake_.fetch_add(1, std::memory_order_seq_cst);
   futex_wake(&wake_);
   for (auto& thread : threads_) thread.join();
+  std::free(scratch_);
+}
+
+void* Pool::scratch(size_t bytes) {
+  if (bytes > scratch_bytes_) {
+    std::free(scratch_);
+    scratch_bytes_ = (bytes + bytes / 2 + 63) / 64 * 64;
+    scratch_ = std::aligned_alloc(64, scratch_bytes_);
+    if (scratch_ == nullptr) std::abort();  // 1.5 bytes per activation of a step; nothing can go on
+  }
+  return scratch_;
 }
 
 bool Pool::claim_and_run(uint32_t epoch, int worker) {

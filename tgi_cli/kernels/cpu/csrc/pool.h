@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -30,6 +31,10 @@ class Pool {
     run(items, [](void* c, int64_t i, int w) { (*static_cast<F*>(c))(i, w); }, &f);
   }
 
+  // Memory for the kernel that is running, kept from call to call; for the calling thread to ask for
+  // and for all items to use. Aligned to 64 bytes; what it held before is lost.
+  void* scratch(size_t bytes);
+
   int size() const { return static_cast<int>(threads_.size()) + 1; }
   // How many threads take part; fewer than size() when other processes need the cores.
   void set_width(int width) { width_.store(width, std::memory_order_relaxed); }
@@ -52,6 +57,8 @@ class Pool {
   std::atomic<int> width_;
   std::atomic<bool> stop_{false};
   Job jobs_[kJobs];
+  void* scratch_ = nullptr;
+  size_t scratch_bytes_ = 0;
   std::vector<std::thread> threads_;
 };
 

@@ -11,18 +11,18 @@ namespace tgi {
 
 struct LayerProgram {
   const float* attention_norm;       // [hidden]
-  const uint16_t* qkv;               // packed
+  Matrix qkv;
   const float* qkv_bias;             // or null
   const float* q_norm;               // [head_dim] or null
   const float* k_norm;
   const float* cos_sin;              // [max_position, head_dim]
-  const uint16_t* output;            // packed
+  Matrix output;
   const float* output_bias;          // or null
   const float* after_attention_norm; // [hidden] or null
   const float* feed_norm;            // [hidden]
-  const uint16_t* gate_up;           // packed, rows alternate 16 gate, 16 up
+  Matrix gate_up;                    // rows alternate 16 gate, 16 up
   const float* gate_up_bias;         // or null
-  const uint16_t* down;              // packed
+  Matrix down;
   const float* down_bias;            // or null
   const float* after_feed_norm;      // [hidden] or null
   uint16_t* k_cache;
@@ -34,11 +34,10 @@ struct LayerProgram {
 
 struct Program {
   const LayerProgram* layers;
-  const uint16_t* table;             // see Embed
+  Matrix table;                      // see Embed
   const float* final_norm;
   int64_t num_layers, hidden;
   float embedding_scale, final_eps;
-  int32_t table_packed;
 };
 
 struct StepInput {

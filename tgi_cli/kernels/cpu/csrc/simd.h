@@ -1,9 +1,11 @@
 // Vectors of fp32 and of bf16 pairs for one instruction set, chosen by TGI_ISA before inclusion:
-//   1 = AVX2 + FMA, 2 = AVX-512 (F, BW, DQ, VL), 3 = AVX-512 + BF16.
+//   1 = AVX2 + FMA + F16C, 2 = AVX-512 (F, BW, DQ, VL), 3 = AVX-512 + VNNI + BF16.
+// TGI_VNNI says whether vpdpbusd is there, which 2 may have and 3 has.
 // Everything is in a namespace of its own per instruction set, so variants can be linked together.
 //
 // dot2 adds the two products of a bf16 pair to each fp32 lane. On variant 3 it is one vdpbf16ps, which
 // g++ 12 spills around when written as an intrinsic; elsewhere it is two FMAs, even product first.
+// dot4<bits> adds the four products of unsigned codes and signed bytes to each int32 lane, exactly.
 #pragma once
 
 #include <cmath>
@@ -14,6 +16,8 @@
 
 #if TGI_ISA == 1
 #define TGI_NS avx2
+#elif TGI_ISA == 2 && TGI_VNNI
+#define TGI_NS avx512vnni
 #elif TGI_ISA == 2
 #define TGI_NS avx512
 #elif TGI_ISA == 3
@@ -76,6 +80,39 @@ inline vf keep(vf x, vf other, int count) {  // lanes [0, count) of x, the rest 
 }
 inline vf round_even(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf scale_by_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+
+inline vf load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline vi set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi bit_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi shift_right(vi x, int bits) { return _mm512_srli_epi32(x, static_cast<unsigned>(bits)); }
+inline vf int_to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+inline int32_t round_to_int8(vf x, int8_t* out) {  // stores kLanes bytes, returns their sum
+  const vi rounded = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
+  return _mm512_reduce_add_epi32(rounded);
+}
+#if TGI_VNNI
+template <int kBits>
+inline void dot4(vi& acc, vi codes, vi bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(bytes));
+}
+#else
+template <int kBits>
+inline void dot4(vi& acc, vi codes, vi bytes) {
+  vi products;
+  if (kBits == 4) {  // pairs of products stay below 2 * 15 * 128: no saturation
+    products = _mm512_madd_epi16(_mm512_maddubs_epi16(codes, bytes), _mm512_set1_epi16(1));
+  } else {
+    const vi even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
+                                      _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8));
+    const vi odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(bytes, 8));
+    products = _mm512_add_epi32(even, odd);
+  }
+  acc = _mm512_add_epi32(acc, products);
+}
+#endif
 
 #if TGI_ISA == 3
 inline void dot2(vf& acc, vi a, vi b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
@@ -158,6 +195,34 @@ inline vf keep(vf x, vf other, int count) {
   return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(mask));
 }
 inline vf round_even(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vf load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vi set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline vi bit_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi shift_right(vi x, int bits) { return _mm256_srli_epi32(x, bits); }
+inline vf int_to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+inline int32_t round_to_int8(vf x, int8_t* out) {  // stores kLanes bytes, returns their sum
+  const vi rounded = _mm256_cvtps_epi32(x);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+template <int kBits>
+inline void dot4(vi& acc, vi codes, vi bytes) {
+  vi products;
+  if (kBits == 4) {  // pairs of products stay below 2 * 15 * 128: no saturation
+    products = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, bytes), _mm256_set1_epi16(1));
+  } else {
+    const vi even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                                      _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
+    const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(bytes, 8));
+    products = _mm256_add_epi32(even, odd);
+  }
+  acc = _mm256_add_epi32(acc, products);
+}
 inline vf scale_by_power(vf x, vf n) {
   const vi e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x, _mm256_castsi256_ps(e));

@@ -10,12 +10,15 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define TGI_ISA 1
+#define TGI_VNNI 0
 #include "simd.h"
 
 namespace tgi::avx2 {
+#include "epilogue.inc.h"
 #include "gemm.inc.h"
+#include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 }  // namespace tgi::avx2
@@ -23,8 +26,8 @@ namespace tgi::avx2 {
 
 namespace tgi {
 const Kernels* kernels_avx2() {
-  static const Kernels table = {"avx2", avx2::pack, avx2::gemm, avx2::rms_norm, avx2::rope_store,
-                                avx2::attention, avx2::embed};
+  static const Kernels table = {"avx2",          avx2::pack,       avx2::pack_grouped, avx2::gemm,
+                                avx2::rms_norm, avx2::rope_store, avx2::attention,    avx2::embed};
   return &table;
 }
 }  // namespace tgi

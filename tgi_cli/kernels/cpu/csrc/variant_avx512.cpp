@@ -12,10 +12,13 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define TGI_ISA 2
+#define TGI_VNNI 0
 #include "simd.h"
 
 namespace tgi::avx512 {
+#include "epilogue.inc.h"
 #include "gemm.inc.h"
+#include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 }  // namespace tgi::avx512
@@ -23,8 +26,8 @@ namespace tgi::avx512 {
 
 namespace tgi {
 const Kernels* kernels_avx512() {
-  static const Kernels table = {"avx512", avx512::pack, avx512::gemm, avx512::rms_norm, avx512::rope_store,
-                                avx512::attention, avx512::embed};
+  static const Kernels table = {"avx512",          avx512::pack,       avx512::pack_grouped, avx512::gemm,
+                                avx512::rms_norm, avx512::rope_store, avx512::attention,    avx512::embed};
   return &table;
 }
 }  // namespace tgi

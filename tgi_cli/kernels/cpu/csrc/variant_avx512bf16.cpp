@@ -10,12 +10,15 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")
 #define TGI_ISA 3
+#define TGI_VNNI 1
 #include "simd.h"
 
 namespace tgi::avx512bf16 {
+#include "epilogue.inc.h"
 #include "gemm.inc.h"
+#include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 }  // namespace tgi::avx512bf16
@@ -23,8 +26,8 @@ namespace tgi::avx512bf16 {
 
 namespace tgi {
 const Kernels* kernels_avx512bf16() {
-  static const Kernels table = {"avx512bf16", avx512bf16::pack, avx512bf16::gemm, avx512bf16::rms_norm, avx512bf16::rope_store,
-                                avx512bf16::attention, avx512bf16::embed};
+  static const Kernels table = {"avx512bf16",          avx512bf16::pack,       avx512bf16::pack_grouped, avx512bf16::gemm,
+                                avx512bf16::rms_norm, avx512bf16::rope_store, avx512bf16::attention,    avx512bf16::embed};
   return &table;
 }
 }  // namespace tgi

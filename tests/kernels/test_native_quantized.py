@@ -1,0 +1,138 @@
+"""Grouped 8- and 4-bit matrices: packed without loss, multiplied exactly but for fp32 sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.grouped_weights import RandomGroups, exact_product, magnitude
+from tgi_cli.kernels.cpu import library
+from tgi_cli.kernels.cpu.library import Gemm, pointer
+from tgi_cli.kernels.cpu.packed import FORMS, PackedWeight, interleave, matrix_bytes
+from tgi_cli.kernels.grouped import INT4, INT4_MINIMUM, INT8, GroupedRows, GroupScheme
+
+LOADED = library.load()
+VARIANTS = LOADED.variants() if LOADED else []
+SCHEMES = list(FORMS)
+SHAPES = [(1, 32), (31, 64), (32, 96), (77, 160), (96, 576), (2080, 32)]
+ROWS = 200
+ADD_FLOAT, SILU_MUL, GELU_MUL = 2, 3, 4
+
+pytestmark = pytest.mark.skipif(not VARIANTS, reason="the native kernels are not built here")
+
+
+@pytest.fixture(params=VARIANTS)
+def context(request: pytest.FixtureRequest) -> Iterator[library.Context]:
+    assert LOADED is not None
+    made = LOADED.context(request.param, 2)
+    yield made
+    made.close()
+
+
+def name_of(scheme: GroupScheme) -> str:
+    kind = "minimum" if scheme.minimum else "zero"
+    return f"int{scheme.bits}-{scheme.group}-{kind}-{str(scheme.scale).removeprefix('torch.')}"
+
+
+def activations(columns: int) -> Tensor:
+    x = torch.randn((ROWS, columns), generator=torch.Generator().manual_seed(columns))
+    x[3, :32] = 0
+    x[4, ::2] *= 100
+    x[5] *= 1e-20
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+def test_packing_loses_nothing(
+    scheme: GroupScheme, shape: tuple[int, int], context: library.Context
+) -> None:
+    weight = RandomGroups(scheme, *shape)
+    assert isinstance(weight, GroupedRows)
+    packed = PackedWeight.grouped(context, weight)
+    dense = weight.dequantize()
+    assert torch.equal(packed.dequantize(), dense)
+    assert packed.nbytes == matrix_bytes(scheme, *shape)
+    ids = torch.tensor([0, shape[0] - 1, shape[0] // 2])
+    assert torch.equal(packed.embed(ids, 0.5), dense[ids] * 0.5)
+    if shape[0] % 32 == 0:
+        mixed = PackedWeight.grouped(context, weight, interleaved=True)
+        assert torch.equal(mixed.dequantize(), dense)
+        x = activations(shape[1])
+        assert torch.equal(mixed.matmul(x, None), packed.matmul(x, None))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+def test_products_equal_the_integer_model(
+    scheme: GroupScheme, shape: tuple[int, int], context: library.Context
+) -> None:
+    weight = RandomGroups(scheme, *shape)
+    packed = PackedWeight.grouped(context, weight)
+    x = activations(shape[1])
+    found = packed.matmul_float(x)
+    # One rounding for each group's scale and sum, and one for each addition.
+    groups = shape[1] // 16
+    error = (found - exact_product(x, weight)).abs()
+    assert (error <= (groups + 4) * 2.0**-24 * magnitude(x, weight)).all()
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13, 95, 96, 97):
+        assert torch.equal(packed.matmul_float(x[:tokens]), found[:tokens]), tokens
+    assert torch.equal(packed.matmul_float(x[7:100]), found[7:100])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+def test_threads_and_instruction_sets_change_no_bit(scheme: GroupScheme) -> None:
+    assert LOADED is not None
+    weight, x = RandomGroups(scheme, 300, 320), activations(320)
+    results = []
+    for variant in VARIANTS:
+        for threads in (1, 2, 3):
+            context = LOADED.context(variant, threads)
+            results.append(PackedWeight.grouped(context, weight).matmul_float(x))
+            context.close()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4, INT4_MINIMUM], ids=name_of)
+def test_epilogues(scheme: GroupScheme, context: library.Context) -> None:
+    rows, columns = 96, 64
+    weight, x = RandomGroups(scheme, rows, columns), activations(columns)[:9]
+    packed = PackedWeight.grouped(context, weight)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    product = packed.matmul_float(x) + bias
+    residual = torch.randn((9, rows), generator=torch.Generator().manual_seed(2))
+
+    def run(matrix: PackedWeight, bias: Tensor, out: Tensor, epilogue: int) -> Tensor:
+        arguments = Gemm(
+            pointer(x), matrix.matrix, pointer(bias), pointer(out), 9, columns, out.shape[1],
+            epilogue,
+        )  # fmt: skip
+        context.call("gemm", arguments)
+        return out
+
+    assert torch.equal(run(packed, bias, residual.clone(), ADD_FLOAT), residual + product)
+    mixed = PackedWeight.grouped(context, weight, interleaved=True)
+    gate, up = product.chunk(2, dim=1)
+    for epilogue, function in (
+        (SILU_MUL, torch.nn.functional.silu),
+        (GELU_MUL, lambda g: torch.nn.functional.gelu(g, approximate="tanh")),
+    ):
+        out = torch.empty((9, rows // 2), dtype=torch.bfloat16)
+        found = run(mixed, interleave(bias), out, epilogue)
+        torch.testing.assert_close(found, (function(gate) * up).bfloat16(), atol=1e-2, rtol=1e-2)
+
+
+def test_what_is_not_finite_spoils_its_row_alone(context: library.Context) -> None:
+    packed = PackedWeight.grouped(context, RandomGroups(INT8, 64, 96))
+    x = activations(96)[:12]
+    clean = packed.matmul_float(x)
+    for row, value in ((2, torch.inf), (5, torch.nan), (7, -torch.inf)):
+        x[row, 40] = value
+    found = packed.matmul_float(x)
+    spoilt = torch.zeros(12, dtype=torch.bool)
+    spoilt[[2, 5, 7]] = True
+    assert found[spoilt].isnan().all()
+    assert torch.equal(found[~spoilt], clean[~spoilt])
