@@ -91,6 +91,16 @@ class ChatTemplate:
         """Whether there is a template at all."""
         return self._main is not None or self._tool_use is not None
 
+    @property
+    def tool_source(self) -> str | None:
+        """Source of the template that requests with tools go to, None if it ignores `tools`."""
+        compiled = self._tool_use or self._main
+        return compiled.source if compiled is not None and compiled.reads_tools else None
+
+    def mentions(self, text: str) -> bool:
+        """Whether `text` stands in a source."""
+        return any(text in c.source for c in (self._main, self._tool_use) if c is not None)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -160,6 +170,10 @@ class _Compiled:
             ) from error
         except RecursionError as error:
             raise TemplateFailed("the chat template is nested too deeply") from error
+        self.source = source
+        self.reads_tools = any(
+            name.name == "tools" and name.ctx == "load" for name in tree.find_all(nodes.Name)
+        )
         content = _ContentUse(tree)
         self._takes_lists = content.iterated
         self._takes_only_lists = content.iterated and not content.tested

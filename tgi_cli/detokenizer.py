@@ -56,6 +56,7 @@ class Detokenizer:
         stop: Texts that end the answer.
         include_stop: Keep the stop string (Text Generation Inference) or cut it (OpenAI).
         skip_special_tokens: Leave special tokens out of the text.
+        keep: Special tokens that are text all the same, such as the marks of a tool call.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        keep: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in dict.fromkeys(stop) if text)
         self._include_stop = include_stop
         self._skip = skip_special_tokens
+        self._keep = keep
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False
         self._num_tokens = 0
@@ -123,7 +126,7 @@ class Detokenizer:
         self._decoder.decode(tail)
 
     def _push_one(self, token_id: int) -> tuple[str, str]:
-        if self._skip and self._tokenizer.is_special(token_id):
+        if self._skip and self._tokenizer.is_special(token_id) and token_id not in self._keep:
             content = self._tokenizer.token_text(token_id)
             return (self._stop_at(content) if content in self._stop else "", content)
         raw = self._tokenizer.token_bytes(token_id)

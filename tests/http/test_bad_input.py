@@ -30,7 +30,20 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not supported"),
     ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "'smell'"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0].text"),
-    ({"messages": [{"role": "tool", "content": "4"}]}, "not supported"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, "no role tool"),
+    ({"messages": [{"role": "function", "content": "4"}]}, "not supported"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "function"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}],
+                }
+            ]
+        },
+        "`messages[0].tool_calls[0].function.arguments` is not a JSON object",
+    ),
     ({"messages": [{"role": "wizard", "content": "Hi"}]}, "wizard"),
     ({"max_tokens": 0}, "`max_tokens`"),
     ({"max_tokens": -1}, "-1"),
@@ -64,7 +77,15 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"top_logprobs": 2}, "`logprobs`"),
     ({"logprobs": True, "top_logprobs": 6}, "<= 5"),
     ({"stream": "yes"}, "`stream`"),
-    ({"tools": [{"type": "function"}]}, "`tools` is not supported yet"),
+    ({"tools": [{"type": "function"}]}, "`tools[0].function` needs a name"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "`tools[0].type`"),
+    ({"tools": [{"function": {"name": "f"}}] * 2}, "`tools` declares `f` twice"),
+    ({"tools": [{"function": {"name": "f"}}]}, "chat template knows no tools"),
+    ({"tools": [{"function": {"name": "f"}}], "tool_choice": "g"}, "names `g`"),
+    ({"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "x"}}, "must be `none`"),
+    ({"tool_choice": "required"}, "`tool_choice` needs `tools`"),
+    ({"tool_prompt": "Call a tool:"}, "`tool_prompt`"),
+    ({"functions": [{"name": "f"}]}, "send `tools`"),
     ({"tool_choice": "required"}, "`tool_choice`"),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported yet"),
     ({"guided_regex": "a+"}, "`guided_regex`"),

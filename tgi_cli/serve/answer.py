@@ -39,8 +39,9 @@ class TextEvent(msgspec.Struct, gc=False):
 class Answer:
     """Runs one `Request` and remembers what came of it.
 
-    `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `finish`
-    and the times (seconds) are complete once `events` has been read to its end.
+    `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `marks`
+    are special tokens that are part of the text. `finish` and the times (seconds) are complete
+    once `events` has been read to its end.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Answer:
         *,
         continues: bool,
         include_stop: bool,
+        marks: Sequence[str] = (),
     ) -> None:
         self.request = request
         self.output_ids: list[int] = []
@@ -68,6 +70,8 @@ class Answer:
         self._metrics = metrics
         self._continues = continues
         self._include_stop = include_stop
+        ids = (tokenizer.token_id(mark) for mark in marks)
+        self._keep = frozenset(token for token in ids if token is not None)
 
     @property
     def inference_time(self) -> float:
@@ -92,6 +96,7 @@ class Answer:
             self.request.prompt_ids if self._continues else (),
             stop=sampling.stop,
             include_stop=self._include_stop,
+            keep=self._keep,
         )
         pieces: list[str] = []
         started = last = time.perf_counter()

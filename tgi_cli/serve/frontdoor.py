@@ -180,6 +180,7 @@ class FrontDoor:
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_kwargs: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
     ) -> Prompt:
         """Lay messages out with the chat template and tokenize the result as it stands."""
         texts = self.texts
@@ -195,6 +196,7 @@ class FrontDoor:
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
                 **template_kwargs,
             )
             return text, texts.tokenizer.encode(text, add_special_tokens=False)
@@ -223,10 +225,11 @@ class FrontDoor:
         caller: Caller,
         count: int = 1,
         include_stop: bool = False,
+        marks: Sequence[str] = (),
     ) -> list[Answer]:
         """Make `count` sequences for a prompt; nothing runs before their events are read.
 
-        Child i samples with `child_seed(sampling.seed, i)`.
+        Child i samples with `child_seed(sampling.seed, i)`. `marks`: see `Answer`.
         """
         texts = self.texts
         sampling.validate(self.facts.vocab_size)
@@ -249,6 +252,7 @@ class FrontDoor:
                 self.metrics,
                 continues=prompt.continues,
                 include_stop=include_stop,
+                marks=marks,
             )
             for i in range(count)
         ]

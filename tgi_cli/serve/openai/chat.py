@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
-
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
-from tgi_cli.serve.answer import Answer, complete_all, merge
+from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED
-from tgi_cli.serve.openai.replies import Envelope, chat_logprobs, finish_reason, usage
+from tgi_cli.serve.openai.chat_reply import ChatReply
+from tgi_cli.serve.openai.reasoning import CLOSE, OPEN
 from tgi_cli.serve.openai.schema import (
     ChatRequest,
     chat_messages,
@@ -23,8 +20,11 @@ from tgi_cli.serve.openai.schema import (
     num_choices,
     refuse_unsupported,
     sampling_params,
+    unsupported,
 )
-from tgi_cli.serve.sse import DONE, send_frames
+from tgi_cli.serve.openai.tools.declared import ToolUse, use_of_tools
+from tgi_cli.serve.openai.tools.history import shorten_ids
+from tgi_cli.serve.sse import send_frames
 from tgi_cli.serve.timing import Timing
 
 
@@ -37,11 +37,11 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     with door.admit(count) as visit:
         check_model(body.model, served.name, served.model_id)
         refuse_unsupported(body)
-        prompt = await render_chat(door, body)
-        answers = chat_answers(door, body, prompt, count, request[TENANT])
+        use = chat_tools(door, body)
+        prompt = await render_chat(door, body, use)
+        answers = chat_answers(door, body, prompt, count, request[TENANT], use)
         timing.validated()
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        reply = _ChatReply(door, prompt, answers, served.name, top)
+        reply = ChatReply(door, body, prompt, answers, use, served.name)
         if not body.stream:
             await complete_all(answers)
             return json_response(
@@ -52,21 +52,29 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             visit.error = error
             return error_event(error, openai=True)
 
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return await send_frames(
             request,
-            reply.frames(include_usage=include_usage),
+            reply.frames(),
             error_event=broken,
             headers=timing.stream_headers(door.facts, [prompt]),
         )
 
 
-async def render_chat(door: FrontDoor, body: ChatRequest) -> Prompt:
+def chat_tools(door: FrontDoor, body: ChatRequest) -> ToolUse:
+    """Decide what this conversation does with tools."""
+    return use_of_tools(body.tools, body.tool_choice, body.parallel_tool_calls, door.texts.template)
+
+
+async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Prompt:
     """Messages to tokens. A conversation that ends with the assistant is continued, as in TGI."""
     messages = chat_messages(body.messages)
+    if use.form is not None and use.form.short_ids:
+        shorten_ids(messages)
     continued = body.continue_final_message
     if continued is None:
-        continued = messages[-1]["role"] == "assistant" and not body.add_generation_prompt
+        last = messages[-1]
+        said = last["role"] == "assistant" and "tool_calls" not in last
+        continued = said and not body.add_generation_prompt
     if continued and body.add_generation_prompt:
         raise InvalidRequest(
             "`continue_final_message` and `add_generation_prompt` exclude each other",
@@ -78,11 +86,12 @@ async def render_chat(door: FrontDoor, body: ChatRequest) -> Prompt:
         add_generation_prompt=prompted,
         continue_final_message=continued,
         template_kwargs=body.chat_template_kwargs,
+        tools=use.for_template,
     )
 
 
 def chat_answers(
-    door: FrontDoor, body: ChatRequest, prompt: Prompt, count: int, tenant: str
+    door: FrontDoor, body: ChatRequest, prompt: Prompt, count: int, tenant: str, use: ToolUse
 ) -> list[Answer]:
     """Make the `count` answers to a rendered conversation; they run when they are read."""
     if body.top_logprobs is not None and not body.logprobs:
@@ -100,69 +109,9 @@ def chat_answers(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     caller = Caller(tenant=tenant, user=body.user or "", priority=body.priority)
-    return door.answers(prompt, sampling, caller=caller, count=count)
-
-
-class _ChatReply:
-    """Shapes the answers of one request; `top` is None without logprobs."""
-
-    def __init__(
-        self, door: FrontDoor, prompt: Prompt, answers: list[Answer], model: str, top: int | None
-    ) -> None:
-        self._tokenizer = door.texts.tokenizer
-        self._facts = door.facts
-        self._prompt = prompt
-        self._answers = answers
-        self._model = model
-        self._top = top
-
-    def whole(self) -> dict[str, Any]:
-        """The reply once every answer is complete."""
-        envelope = Envelope("chatcmpl", "chat.completion", self._model, self._facts)
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text},
-                "logprobs": self._logprobs(answer.logprobs),
-                "finish_reason": finish_reason(answer.finish),
-            }
-            for index, answer in enumerate(self._answers)
-        ]
-        return envelope.body(choices, usage=usage(len(self._prompt.ids), self._answers))
-
-    async def frames(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        """Chunks: the role first, then text, an empty one with the reason, usage, `[DONE]`."""
-        envelope = Envelope("chatcmpl", "chat.completion.chunk", self._model, self._facts)
-        extra: dict[str, Any] = {"usage": None} if include_usage else {}
-
-        def event(index: int, delta: dict[str, str], logprobs: Any, finish: str | None) -> bytes:
-            choice = {
-                "index": index,
-                "delta": delta,
-                "logprobs": logprobs,
-                "finish_reason": finish_reason(finish),
-            }
-            return envelope.event([choice], **extra)
-
-        opened: set[int] = set()
-        async with aclosing(merge(self._answers)) as merged:
-            async for events in merged:
-                frame = b""
-                for index, step in events:
-                    if index not in opened:
-                        opened.add(index)
-                        frame += event(index, {"role": "assistant", "content": ""}, None, None)
-                    if step.text or step.logprobs:
-                        logprobs = self._logprobs(step.logprobs or [])
-                        frame += event(index, {"content": step.text}, logprobs, None)
-                    if step.finish is not None:
-                        frame += event(index, {}, None, step.finish)
-                if frame:
-                    yield frame
-        tail = b""
-        if include_usage:
-            tail = envelope.event([], usage=usage(len(self._prompt.ids), self._answers))
-        yield tail + DONE
-
-    def _logprobs(self, entries: Any) -> dict[str, Any] | None:
-        return None if self._top is None else chat_logprobs(entries, self._tokenizer, self._top)
+    if use.schema is not None:
+        raise unsupported("tool_choice", "only `auto` and `none`: it needs structured output")
+    marks = () if use.form is None else use.form.marks
+    if door.texts.template.mentions(CLOSE):
+        marks = (*marks, OPEN, CLOSE)
+    return door.answers(prompt, sampling, caller=caller, count=count, marks=marks)

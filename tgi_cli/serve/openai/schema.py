@@ -14,6 +14,8 @@ from tgi_cli.config import ServerConfig
 from tgi_cli.errors import InvalidRequest, ModelNotFound
 from tgi_cli.sampling import MAX_SEED, SamplingParams
 from tgi_cli.serve.frontdoor import new_seed
+from tgi_cli.serve.openai.tools.declared import Tool
+from tgi_cli.serve.openai.tools.history import ToolCall, call_for_template, name_results
 
 #: Names that stand for "the one model there is": TGI's, and huggingface_hub's for a bare URL.
 PLACEHOLDERS = ("tgi", "dummy")
@@ -78,8 +80,10 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     function_call: Any = None
 
 
@@ -93,8 +97,12 @@ class ChatRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    tools: list[Any] = []
+    include_reasoning: bool = True
+    tools: list[Tool] = []
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    # Older forms of the same: refused.
+    tool_prompt: Any = None
     functions: Any = None
     function_call: Any = None
 
@@ -134,13 +142,14 @@ def refuse_unsupported(body: SamplingFields) -> None:
 
 
 def _refuse_tools(body: ChatRequest) -> None:
-    if body.tools and body.tool_choice != "none":
-        raise unsupported("tools")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
     for name in ("functions", "function_call"):
         if getattr(body, name) not in (None, [], "none", "auto"):
-            raise unsupported(name)
+            raise InvalidRequest(f"`{name}` is not supported: send `tools`", param=name)
+    if body.tool_prompt is not None:
+        raise InvalidRequest(
+            "`tool_prompt` is not supported: tools reach the prompt by the chat template alone",
+            param="tool_prompt",
+        )
 
 
 def unsupported(field: str, instead: str | None = None) -> InvalidRequest:
@@ -164,22 +173,33 @@ def chat_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as the template sees them: text parts joined, as TGI does, without a separator."""
     if not messages:
         raise InvalidRequest("`messages` must hold at least one message", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    rendered = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    name_results(rendered)
+    return rendered
 
 
 def _message(message: ChatMessage, where: str) -> dict[str, Any]:
-    if message.tool_calls or message.function_call or message.tool_call_id is not None:
-        raise unsupported(f"{where}.tool_calls")
-    if message.role in ("tool", "function"):
-        raise unsupported(f"{where}.role", "roles that report tool results come with tools")
+    if message.function_call or message.role == "function":
+        raise InvalidRequest(
+            f"`{where}` holds a `function_call` or its result, which is not supported: send "
+            "`tool_calls` and the role `tool`",
+            param=where,
+        )
     content = message.content
-    if content is None:
+    calls = message.tool_calls or []
+    if content is None and not calls:
         raise InvalidRequest(f"`{where}.content` is required", param=f"{where}.content")
     if not isinstance(content, str):
-        content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        parts = content or []
+        content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(parts))
     rendered: dict[str, Any] = {"role": message.role, "content": content}
-    if message.name is not None:
-        rendered["name"] = message.name
+    if calls:
+        rendered["tool_calls"] = [
+            call_for_template(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ]
+    for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
+        if (value := getattr(message, name)) is not None:
+            rendered[name] = value
     return rendered
 
 

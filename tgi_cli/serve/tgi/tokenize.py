@@ -11,7 +11,7 @@ from tgi_cli.errors import InvalidRequest
 from tgi_cli.serve.exchange import json_response, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, SERVED
-from tgi_cli.serve.openai.chat import render_chat
+from tgi_cli.serve.openai.chat import chat_tools, render_chat
 from tgi_cli.serve.openai.schema import ChatRequest, check_model, refuse_unsupported
 from tgi_cli.serve.tgi.schema import GenerateRequest
 
@@ -37,7 +37,7 @@ async def chat_tokenize(request: web.Request) -> web.Response:
     door = request.app[DOOR]
     body = await read_struct(request, ChatRequest)
     refuse_unsupported(body)
-    prompt = await render_chat(door, body)
+    prompt = await render_chat(door, body, chat_tools(door, body))
     tokens = await _tokens(door, prompt.text, add_special_tokens=False)
     return json_response({"tokenize_response": tokens, "templated_text": prompt.text})
 

@@ -24,7 +24,7 @@ from tgi_cli.serve.exchange import (
 )
 from tgi_cli.serve.frontdoor import FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED, Served
-from tgi_cli.serve.openai.chat import chat_answers, render_chat
+from tgi_cli.serve.openai.chat import chat_answers, chat_tools, render_chat
 from tgi_cli.serve.openai.schema import ChatRequest, check_model, num_choices, refuse_unsupported
 from tgi_cli.serve.tgi.generate import native_answers
 from tgi_cli.serve.tgi.schema import GenerateRequest
@@ -97,5 +97,6 @@ async def _answers(
         return await native_answers(door, instance, tenant, stream=False)
     check_model(instance.model, served.name, served.model_id)
     refuse_unsupported(instance)
-    prompt = await render_chat(door, instance)
-    return prompt, chat_answers(door, instance, prompt, 1, tenant)
+    use = chat_tools(door, instance)
+    prompt = await render_chat(door, instance, use)
+    return prompt, chat_answers(door, instance, prompt, 1, tenant, use)

@@ -54,6 +54,7 @@ _SIGNS: Final = (
     ("[TOOL_CALLS]", MISTRAL),
     ("<|python_tag|>", LLAMA3),
     ("<tool_call>", HERMES),
+    ("Environment: ipython", LLAMA3),
     ('"parameters": dictionary of argument name', LLAMA3),
 )
 #: Formats that are not JSON: calls in them would pass unseen.

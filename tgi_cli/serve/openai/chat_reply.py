@@ -1,0 +1,112 @@
+"""Shapes the answers of one chat: a whole reply, or chunks as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from tgi_cli.serve.answer import Answer, TextEvent, merge
+from tgi_cli.serve.frontdoor import FrontDoor, Prompt
+from tgi_cli.serve.openai.message import MessageReader
+from tgi_cli.serve.openai.reasoning import CLOSE, ReasoningSplit, begins_inside
+from tgi_cli.serve.openai.replies import Envelope, chat_logprobs, finish_reason, usage
+from tgi_cli.serve.openai.schema import ChatRequest, StreamOptions
+from tgi_cli.serve.openai.tools.declared import ToolUse
+from tgi_cli.serve.sse import DONE
+
+
+class ChatReply:
+    """The `n` answers of one request, each read by a `MessageReader` of its own."""
+
+    def __init__(
+        self,
+        door: FrontDoor,
+        body: ChatRequest,
+        prompt: Prompt,
+        answers: list[Answer],
+        use: ToolUse,
+        model: str,
+    ) -> None:
+        self._tokenizer = door.texts.tokenizer
+        self._facts = door.facts
+        self._body = body
+        self._prompt = prompt
+        self._answers = answers
+        self._use = use
+        self._model = model
+        self._top = (body.top_logprobs or 0) if body.logprobs else None
+        # A forced answer has no room for reasoning: its first character is its schema's.
+        self._reasons = use.schema is None and door.texts.template.mentions(CLOSE)
+
+    def whole(self) -> dict[str, Any]:
+        """The reply once every answer is complete."""
+        envelope = Envelope("chatcmpl", "chat.completion", self._model, self._facts)
+        choices = []
+        for index, answer in enumerate(self._answers):
+            reader = self._reader()
+            choices.append(
+                {
+                    "index": index,
+                    "message": reader.whole(answer.text),
+                    "logprobs": self._logprobs(answer.logprobs),
+                    "finish_reason": self._finish(reader, answer.finish),
+                }
+            )
+        return envelope.body(choices, usage=usage(len(self._prompt.ids), self._answers))
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Chunks: the role first, then text, an empty one with the reason, usage, `[DONE]`."""
+        envelope = Envelope("chatcmpl", "chat.completion.chunk", self._model, self._facts)
+        options = self._body.stream_options or StreamOptions()
+        extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
+
+        def event(index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> bytes:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            return envelope.event([choice], **extra)
+
+        readers: dict[int, MessageReader] = {}
+        async with aclosing(merge(self._answers)) as merged:
+            async for events in merged:
+                frame = b""
+                for index, step in events:
+                    if index not in readers:
+                        readers[index] = self._reader()
+                        frame += event(index, {"role": "assistant", "content": ""}, None, None)
+                    reader = readers[index]
+                    logprobs = self._logprobs(step.logprobs) if step.logprobs else None
+                    for delta in self._deltas(reader, step):
+                        frame += event(index, delta, logprobs, None)
+                        logprobs = None  # they go with the step's first chunk
+                    if step.finish is not None:
+                        frame += event(index, {}, None, self._finish(reader, step.finish))
+                if frame:
+                    yield frame
+        tail = b""
+        if options.include_usage:
+            tail = envelope.event([], usage=usage(len(self._prompt.ids), self._answers))
+        yield tail + DONE
+
+    def _deltas(self, reader: MessageReader, step: TextEvent) -> list[dict[str, Any]]:
+        deltas = reader.push(step.text)
+        if step.finish is not None:
+            deltas += reader.finish()
+        if not deltas and step.logprobs:
+            deltas = [{"content": ""}]
+        return deltas
+
+    def _reader(self) -> MessageReader:
+        return MessageReader(
+            ReasoningSplit(inside=begins_inside(self._prompt.text)) if self._reasons else None,
+            self._use.parser(),
+            parallel=self._use.parallel,
+            show_reasoning=self._body.include_reasoning,
+        )
+
+    @staticmethod
+    def _finish(reader: MessageReader, finish: str | None) -> str | None:
+        reason = finish_reason(finish)
+        return "tool_calls" if reason == "stop" and reader.num_calls else reason
+
+    def _logprobs(self, entries: Any) -> dict[str, Any] | None:
+        return None if self._top is None else chat_logprobs(entries, self._tokenizer, self._top)
