@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tests.http.conftest import Site
+from tgi_cli.serve.keys import DOOR
 
 PATH = "/v1/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
 
 
 async def test_reply(site: Site) -> None:
@@ -95,3 +97,82 @@ async def test_streamed_logprobs_equal_the_whole(site: Site) -> None:
     for key, values in whole.items():
         pieces = [event["choices"][0]["logprobs"] for event in events[:-1]]
         assert [value for piece in pieces for value in piece[key]] == values
+
+
+async def test_token_ids(site: Site) -> None:
+    body = {"prompt": ["ab", "c"], "return_token_ids": True, "max_tokens": 3}
+    _, reply, _ = await site.post(PATH, body)
+    tokenizer = site.app[DOOR].texts.tokenizer
+    for choice, prompt in zip(reply["choices"], body["prompt"], strict=True):
+        assert tokenizer.decode(choice["prompt_token_ids"], False) == prompt
+        assert tokenizer.decode(choice["token_ids"], False) == "Hel"
+    events = await site.stream(PATH, {**body, "stream": True})
+    for index, whole in enumerate(reply["choices"]):
+        chunks = [e["choices"][0] for e in events[:-1] if e["choices"][0]["index"] == index]
+        assert [token for chunk in chunks for token in chunk["token_ids"]] == whole["token_ids"]
+        assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+        assert all("prompt_token_ids" not in chunk for chunk in chunks[1:])
+    _, reply, _ = await site.post(PATH, {"prompt": "ab"})
+    assert "token_ids" not in reply["choices"][0]
+
+
+async def test_prompt_logprobs(site: Site) -> None:
+    tokenizer = site.app[DOOR].texts.tokenizer
+    (token,) = tokenizer.encode("b", False)
+    body = {"prompt": "ab", "prompt_logprobs": 2, "max_tokens": 1}
+    _, reply, _ = await site.post(PATH, body)
+    first, second = reply["choices"][0]["prompt_logprobs"]
+    assert first is None
+    assert second[str(token)] == {"logprob": -token / 100, "rank": 1, "decoded_token": "b"}
+    assert second[str(token + 1)]["rank"] == 2
+    assert len(second) == 2
+    _, reply, _ = await site.post(PATH, {**body, "prompt_logprobs": 0, "echo": True, "logprobs": 1})
+    assert list(reply["choices"][0]["prompt_logprobs"][1]) == [str(token)]
+    assert len(reply["choices"][0]["logprobs"]["top_logprobs"][1]) == 1
+    status, reply, _ = await site.post(PATH, {**body, "stream": True})
+    assert status == 400
+    assert reply["error"]["param"] == "prompt_logprobs"
+
+
+async def test_continuous_usage(site: Site) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": ["ab", "c"], "stream": True, "stream_options": options}
+    events = await site.stream(PATH, body)
+    counts: dict[int, list[int]] = {0: [], 1: []}
+    for event in events[:-2]:
+        usage = event["usage"]
+        index = event["choices"][0]["index"]
+        assert usage["prompt_tokens"] == (2, 1)[index]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        counts[index].append(usage["completion_tokens"])
+    assert counts[0] == counts[1] == list(range(1, 14))
+    assert events[-2]["usage"]["completion_tokens"] == 26
+    body["stream_options"] = {"continuous_usage_stats": True}
+    status, reply, _ = await site.post(PATH, body)
+    assert status == 400
+    assert "`include_usage`" in reply["error"]["message"]
+
+
+async def test_cache_salt_reaches_the_engine(site: Site) -> None:
+    await site.post(PATH, {"prompt": "ab", "cache_salt": "mine"})
+    await site.post("/v1/chat/completions", {"messages": HELLO, "cache_salt": "yours"})
+    assert [request.cache_salt for request in site.engine.requests] == ["mine", "yours"]
+
+
+async def test_chats_report_tokens_too(site: Site) -> None:
+    path = "/v1/chat/completions"
+    tokenizer = site.app[DOOR].texts.tokenizer
+    body = {"messages": HELLO, "return_token_ids": True}
+    _, reply, _ = await site.post(path, {**body, "prompt_logprobs": 0})
+    prompt = "[user]Hi\n[assistant]"
+    assert tokenizer.decode(reply["prompt_token_ids"], False) == prompt
+    assert len(reply["prompt_logprobs"]) == len(prompt)
+    whole = reply["choices"][0]["token_ids"]
+    assert tokenizer.decode(whole, True) == "Hello, world"
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = await site.stream(path, {**body, "stream": True, "stream_options": options})
+    assert events[0]["prompt_token_ids"] == reply["prompt_token_ids"]
+    assert all("prompt_token_ids" not in event for event in events[1:-1])
+    chunks = [event["choices"][0] for event in events[:-2]]
+    assert [token for chunk in chunks for token in chunk.get("token_ids", ())] == whole
+    assert [event["usage"]["completion_tokens"] for event in events[1:-3]] == list(range(1, 14))

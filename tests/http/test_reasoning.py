@@ -129,3 +129,16 @@ def test_cuts_never_matter_and_nothing_is_lost(
         "".join(rest.split()),
         "".join(rest.replace("</think>", "", 1).split()),
     )
+
+
+async def test_effort_goes_to_templates_that_take_one(site: Site) -> None:
+    use(site, "{{ messages[-1].content }}{{ reasoning_effort }}", "Hello")
+    body = {**HELLO, "reasoning_effort": "low"}
+    _, answer, _ = await site.post("/chat_tokenize", body)
+    assert answer["templated_text"] == "Hilow"
+    use(site, QWEN, "Hello")
+    _, answer, headers = await site.post(PATH, {**HELLO, "reasoning_effort": "none"})
+    assert "x-tgi-ignored-fields" not in headers
+    assert answer["usage"]["prompt_tokens"] == len("[user]Hi<think>\n\n</think>\n\n")
+    _, _, headers = await site.post(PATH, body)
+    assert headers["x-tgi-ignored-fields"] == "reasoning_effort"

@@ -52,11 +52,15 @@ class Prompt(msgspec.Struct, frozen=True, gc=False):
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """On whose behalf: the tenant is the API key's name, `user` divides the tenant's share."""
+    """On whose behalf: the tenant is the API key's name, `user` divides the tenant's share.
+
+    Requests share cached prefixes only with others of the same `cache_salt`.
+    """
 
     tenant: str = ""
     user: str = ""
     priority: int = 0
+    cache_salt: str = ""
 
 
 class Visit:
@@ -245,6 +249,7 @@ class FrontDoor:
                     tenant=caller.tenant,
                     user=caller.user,
                     priority=caller.priority,
+                    cache_salt=caller.cache_salt,
                     arrival=arrival,
                 ),
                 self.client,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
 from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.error_pages import error_event
-from tgi_cli.serve.exchange import TENANT, json_response, read_struct
+from tgi_cli.serve.exchange import IGNORED, TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.chat_reply import ChatReply
@@ -16,6 +18,7 @@ from tgi_cli.serve.openai.schema import (
     ChatRequest,
     chat_messages,
     check_model,
+    check_reports,
     check_top,
     num_choices,
     refuse_unsupported,
@@ -37,6 +40,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     with door.admit(count) as visit:
         check_model(body.model, served.name, served.model_id)
         refuse_unsupported(body)
+        if _effort(door, body) is None and body.reasoning_effort is not None:
+            request[IGNORED].append("reasoning_effort")
         use = chat_tools(door, body)
         prompt = await render_chat(door, body, use)
         answers = chat_answers(door, body, prompt, count, request[TENANT], use)
@@ -65,6 +70,16 @@ def chat_tools(door: FrontDoor, body: ChatRequest) -> ToolUse:
     return use_of_tools(body.tools, body.tool_choice, body.parallel_tool_calls, door.texts.template)
 
 
+def _effort(door: FrontDoor, body: ChatRequest) -> dict[str, Any] | None:
+    """`reasoning_effort` as this model's template takes it, None where it takes none."""
+    effort, template = body.reasoning_effort, door.texts.template
+    if effort is not None and template.mentions("reasoning_effort"):
+        return {"reasoning_effort": effort}
+    if effort == "none" and template.mentions("enable_thinking"):
+        return {"enable_thinking": False}
+    return None
+
+
 async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Prompt:
     """Messages to tokens. A conversation that ends with the assistant is continued, as in TGI."""
     messages = chat_messages(body.messages)
@@ -85,7 +100,7 @@ async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Promp
         messages,
         add_generation_prompt=prompted,
         continue_final_message=continued,
-        template_kwargs=body.chat_template_kwargs,
+        template_kwargs={**(_effort(door, body) or {}), **body.chat_template_kwargs},
         tools=use.for_template,
     )
 
@@ -97,6 +112,7 @@ def chat_answers(
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     check_top("top_logprobs", body.top_logprobs, door.config.max_top_n_tokens)
+    check_reports(body, door.config.max_top_n_tokens)
     asked, field = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, field = body.max_tokens, "max_tokens"
@@ -107,8 +123,14 @@ def chat_answers(
         door.config,
         max_tokens=door.max_tokens(prompt, asked, field),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    caller = Caller(tenant=tenant, user=body.user or "", priority=body.priority)
+    caller = Caller(
+        tenant=tenant,
+        user=body.user or "",
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
     if use.schema is not None:
         raise unsupported("tool_choice", "only `auto` and `none`: it needs structured output")
     marks = () if use.form is None else use.form.marks

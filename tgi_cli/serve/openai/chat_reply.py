@@ -10,7 +10,14 @@ from tgi_cli.serve.answer import Answer, TextEvent, merge
 from tgi_cli.serve.frontdoor import FrontDoor, Prompt
 from tgi_cli.serve.openai.message import MessageReader
 from tgi_cli.serve.openai.reasoning import CLOSE, ReasoningSplit, begins_inside
-from tgi_cli.serve.openai.replies import Envelope, chat_logprobs, finish_reason, usage
+from tgi_cli.serve.openai.replies import (
+    Envelope,
+    chat_logprobs,
+    finish_reason,
+    prompt_logprobs_report,
+    usage,
+    usage_so_far,
+)
 from tgi_cli.serve.openai.schema import ChatRequest, StreamOptions
 from tgi_cli.serve.openai.tools.declared import ToolUse
 from tgi_cli.serve.sse import DONE
@@ -45,41 +52,65 @@ class ChatReply:
         choices = []
         for index, answer in enumerate(self._answers):
             reader = self._reader()
-            choices.append(
-                {
-                    "index": index,
-                    "message": reader.whole(answer.text),
-                    "logprobs": self._logprobs(answer.logprobs),
-                    "finish_reason": self._finish(reader, answer.finish),
-                }
-            )
-        return envelope.body(choices, usage=usage(len(self._prompt.ids), self._answers))
+            choice = {
+                "index": index,
+                "message": reader.whole(answer.text),
+                "logprobs": self._logprobs(answer.logprobs),
+                "finish_reason": self._finish(reader, answer.finish),
+            }
+            if self._body.return_token_ids:
+                choice["token_ids"] = answer.output_ids
+            choices.append(choice)
+        extra: dict[str, Any] = {"usage": usage(len(self._prompt.ids), self._answers)}
+        if self._body.return_token_ids:
+            extra["prompt_token_ids"] = self._prompt.ids
+        top = self._body.prompt_logprobs
+        if top is not None:
+            report = prompt_logprobs_report(self._answers[0], self._tokenizer, top)
+            extra["prompt_logprobs"] = report
+        return envelope.body(choices, **extra)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Chunks: the role first, then text, an empty one with the reason, usage, `[DONE]`."""
         envelope = Envelope("chatcmpl", "chat.completion.chunk", self._model, self._facts)
         options = self._body.stream_options or StreamOptions()
+        show_ids = self._body.return_token_ids
         extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
 
-        def event(index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> bytes:
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        def event(index: int, delta: dict[str, Any], finish: str | None, **more: Any) -> bytes:
+            choice = {
+                "index": index,
+                "delta": delta,
+                "logprobs": None,
+                "finish_reason": finish,
+                **more,
+            }
             return envelope.event([choice], **extra)
 
         readers: dict[int, MessageReader] = {}
+        counts = [0] * len(self._answers)
         async with aclosing(merge(self._answers)) as merged:
             async for events in merged:
                 frame = b""
                 for index, step in events:
+                    counts[index] += len(step.token_ids)
+                    if options.continuous_usage_stats:
+                        extra["usage"] = usage_so_far(
+                            len(self._prompt.ids), counts[index], [self._answers[index]]
+                        )
                     if index not in readers:
                         readers[index] = self._reader()
-                        frame += event(index, {"role": "assistant", "content": ""}, None, None)
+                        if show_ids:
+                            extra["prompt_token_ids"] = self._prompt.ids
+                        frame += event(index, {"role": "assistant", "content": ""}, None)
+                        extra.pop("prompt_token_ids", None)
                     reader = readers[index]
-                    logprobs = self._logprobs(step.logprobs) if step.logprobs else None
-                    for delta in self._deltas(reader, step):
-                        frame += event(index, delta, logprobs, None)
-                        logprobs = None  # they go with the step's first chunk
+                    more = self._reports(step)
+                    for delta in self._deltas(reader, step, bool(more)):
+                        frame += event(index, delta, None, **more)
+                        more = {}  # they go with the step's first chunk
                     if step.finish is not None:
-                        frame += event(index, {}, None, self._finish(reader, step.finish))
+                        frame += event(index, {}, self._finish(reader, step.finish))
                 if frame:
                     yield frame
         tail = b""
@@ -87,11 +118,21 @@ class ChatReply:
             tail = envelope.event([], usage=usage(len(self._prompt.ids), self._answers))
         yield tail + DONE
 
-    def _deltas(self, reader: MessageReader, step: TextEvent) -> list[dict[str, Any]]:
+    def _reports(self, step: TextEvent) -> dict[str, Any]:
+        """What a step's first chunk says beside its delta."""
+        reports: dict[str, Any] = {}
+        if step.logprobs and self._top is not None:
+            reports["logprobs"] = self._logprobs(step.logprobs)
+        if self._body.return_token_ids:
+            reports["token_ids"] = list(step.token_ids)
+        return reports
+
+    @staticmethod
+    def _deltas(reader: MessageReader, step: TextEvent, reports: bool) -> list[dict[str, Any]]:
         deltas = reader.push(step.text)
         if step.finish is not None:
             deltas += reader.finish()
-        if not deltas and step.logprobs:
+        if not deltas and reports:
             deltas = [{"content": ""}]
         return deltas
 

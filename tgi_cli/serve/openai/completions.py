@@ -14,10 +14,17 @@ from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED
-from tgi_cli.serve.openai.replies import CompletionLogprobs, Envelope, finish_reason, usage
+from tgi_cli.serve.openai.replies import (
+    CompletionLogprobs,
+    Envelope,
+    finish_reason,
+    prompt_logprobs_report,
+    usage_so_far,
+)
 from tgi_cli.serve.openai.schema import (
     CompletionRequest,
     check_model,
+    check_reports,
     check_top,
     num_choices,
     refuse_unsupported,
@@ -38,8 +45,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
         check_model(body.model, served.name, served.model_id)
         refuse_unsupported(body)
         check_top("logprobs", body.logprobs, door.config.max_top_n_tokens)
+        check_reports(body, door.config.max_top_n_tokens)
         prompts = [await _tokens(door, one) for one in given]
-        caller = Caller(tenant=request[TENANT], user=body.user or "", priority=body.priority)
+        caller = Caller(
+            tenant=request[TENANT],
+            user=body.user or "",
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+        )
         groups = [_answers(door, body, prompt, best_of, n, caller) for prompt in prompts]
         answers = [answer for group in groups for answer in group]
         timing.validated()
@@ -123,12 +136,13 @@ def _answers(
     logprobs = body.logprobs
     if logprobs is None and best_of > n:
         logprobs = 0
+    wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
     sampling = sampling_params(
         body,
         door.config,
         max_tokens=max_tokens,
         logprobs=logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max((top for top in wanted if top is not None), default=None),
     )
     return door.answers(prompt, sampling, caller=caller, count=best_of)
 
@@ -169,7 +183,11 @@ class _CompletionReply:
                     answer.finish,
                 )
                 pieces = _Pieces(self, prompt, answer)
-                choices.append({"index": len(choices), **pieces.first(step)})
+                choice = {"index": len(choices), **pieces.first(step)}
+                top = self._body.prompt_logprobs
+                if top is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs_report(answer, self._tokenizer, top)
+                choices.append(choice)
         return envelope.body(choices, usage=self._usage())
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
@@ -184,15 +202,20 @@ class _CompletionReply:
             for answer in group
         ]
         begun: set[int] = set()
+        counts = [0] * len(pieces)
+        continuous = options is not None and options.continuous_usage_stats
         answers = [answer for group in self._groups for answer in group]
         async with aclosing(merge(answers)) as merged:
             async for events in merged:
                 frame = b""
                 for index, step in events:
+                    counts[index] += len(step.token_ids)
+                    if continuous:
+                        extra["usage"] = pieces[index].usage(counts[index])
                     if index not in begun:
                         begun.add(index)
                         choice = pieces[index].first(step)
-                    elif step.text or step.logprobs or step.finish:
+                    elif step.text or step.logprobs or step.finish or self._body.return_token_ids:
                         choice = pieces[index].next(step)
                     else:
                         continue
@@ -203,16 +226,22 @@ class _CompletionReply:
 
     def _usage(self) -> dict[str, Any]:
         answers = [answer for group in self._groups for answer in group]
-        report = usage(sum(len(prompt.ids) for prompt in self._prompts), answers)
-        if self._only_echo:
-            report["completion_tokens"] = 0
-            report["total_tokens"] = report["prompt_tokens"]
-        return report
+        completion = sum(len(answer.output_ids) for answer in answers)
+        return usage_so_far(
+            sum(len(prompt.ids) for prompt in self._prompts),
+            0 if self._only_echo else completion,
+            answers,
+        )
 
     def logprobs(self) -> CompletionLogprobs | None:
         """A fresh logprobs writer for one choice, None when they were not asked for."""
         top = self._body.logprobs
         return None if top is None else CompletionLogprobs(self._tokenizer, top)
+
+    @property
+    def shows_ids(self) -> bool:
+        """Whether token ids stand beside the text."""
+        return self._body.return_token_ids
 
     def echo(self, prompt: Prompt) -> str:
         """The text that precedes the first piece."""
@@ -255,7 +284,10 @@ class _Pieces:
                 texts = self._reply.prompt_texts(self._prompt) + texts
                 entries = list(self._answer.prompt_logprobs or []) + entries
             logprobs = self._logprobs.piece(ids, texts, entries)
-        return self._choice(echo + kept.text, logprobs, kept.finish)
+        choice = self._choice(echo + kept.text, logprobs, kept)
+        if self._reply.shows_ids:
+            choice["prompt_token_ids"] = self._prompt.ids
+        return choice
 
     def next(self, step: TextEvent) -> dict[str, Any]:
         """A later piece."""
@@ -263,8 +295,20 @@ class _Pieces:
         logprobs = None
         if self._logprobs is not None:
             logprobs = self._logprobs.piece(kept.token_ids, kept.token_texts, kept.logprobs or [])
-        return self._choice(kept.text, logprobs, kept.finish)
+        return self._choice(kept.text, logprobs, kept)
 
-    @staticmethod
-    def _choice(text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs, "finish_reason": finish_reason(finish)}
+    def usage(self, completion: int) -> dict[str, Any]:
+        """Usage of this choice alone when `completion` tokens have been sent."""
+        return usage_so_far(len(self._prompt.ids), completion, [self._answer])
+
+    def _choice(
+        self, text: str, logprobs: dict[str, Any] | None, kept: TextEvent
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason(kept.finish),
+        }
+        if self._reply.shows_ids:
+            choice["token_ids"] = list(kept.token_ids)
+        return choice

@@ -46,7 +46,15 @@ def finish_reason(finish: str | None) -> str | None:
 
 def usage(num_prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, Any]:
     """Tokens read and written; the cached part of the prompt as OpenAI reports it."""
-    completion = sum(len(answer.output_ids) for answer in answers)
+    return usage_so_far(
+        num_prompt_tokens, sum(len(answer.output_ids) for answer in answers), answers
+    )
+
+
+def usage_so_far(
+    num_prompt_tokens: int, completion: int, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """Like `usage`, at the moment when `completion` tokens have been sent."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": completion,
@@ -55,6 +63,32 @@ def usage(num_prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, Any]:
             "cached_tokens": max((answer.num_cached_tokens for answer in answers), default=0)
         },
     }
+
+
+def prompt_logprobs_report(answer: Answer, tokenizer: Tokenizer, top: int) -> list[Any]:
+    """The prompt's tokens in vLLM's shape: for each the token itself and `top` alternatives by id.
+
+    The first is None: nothing comes before it.
+    """
+    report: list[Any] = []
+    for entry in answer.prompt_logprobs or []:
+        if entry is None:
+            report.append(None)
+            continue
+        ranked = zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True)
+        tokens = {token: (logprob, i) for i, (token, logprob) in enumerate(ranked, 1)}
+        tokens = {entry.token_id: (entry.logprob, entry.rank), **tokens}
+        report.append(
+            {
+                str(token): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": tokenizer.token_text(token),
+                }
+                for token, (logprob, rank) in tokens.items()
+            }
+        )
+    return report
 
 
 def chat_logprobs(

@@ -22,9 +22,10 @@ PLACEHOLDERS = ("tgi", "dummy")
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """`stream_options`."""
+    """`stream_options`; `continuous_usage_stats` (vLLM's) reports usage in every chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -51,6 +52,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     priority: int = 0
+    cache_salt: str = ""
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = None
     # Features of later issues: read so that they can be refused.
     response_format: Any = None
     guided_json: Any = None
@@ -97,6 +101,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None
     include_reasoning: bool = True
     tools: list[Tool] = []
     tool_choice: Any = None
@@ -233,6 +238,19 @@ def num_choices(n: int | None) -> int:
     if count < 1:
         raise InvalidRequest(f"`n` must be >= 1. Given: {count}", param="n")
     return count
+
+
+def check_reports(body: SamplingFields, limit: int) -> None:
+    """Refuse what cannot be reported: see `--max-top-n-tokens` for `limit`."""
+    check_top("prompt_logprobs", body.prompt_logprobs, limit)
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("`prompt_logprobs` cannot be streamed", param="prompt_logprobs")
+    options = body.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise InvalidRequest(
+            "`stream_options.continuous_usage_stats` needs `include_usage` to be true",
+            param="stream_options",
+        )
 
 
 def check_top(name: str, count: int | None, limit: int) -> None:
