@@ -15,6 +15,7 @@ import msgspec
 
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.executor import Executor, LocalExecutor, Report
+from tgi_cli.engine.grammar_queue import GrammarQueue
 from tgi_cli.engine.memory_plan import MemoryPlan
 from tgi_cli.engine.messages import (
     Abort,
@@ -26,7 +27,7 @@ from tgi_cli.engine.messages import (
     Request,
 )
 from tgi_cli.engine.scheduler import Scheduler
-from tgi_cli.errors import TgiError
+from tgi_cli.errors import InvalidRequest, TgiError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ class Transport(Protocol):
         """Deliver what one step produced. Never blocks."""
         ...
 
+    def wake(self) -> None:
+        """Make a `receive` that waits return, now or when it is called next; from any thread."""
+        ...
+
 
 class EngineCore:
     """Scheduler and executor of one model.
@@ -54,6 +59,7 @@ class EngineCore:
         executor: computes.
         facts: of the loaded model; requests are checked against them again.
         memory_plan: what the executor was sized by, if by a plan.
+        grammars: where requests wait for their grammar; without it they are refused.
         clock: monotonic seconds.
     """
 
@@ -64,12 +70,14 @@ class EngineCore:
         facts: ModelFacts,
         *,
         memory_plan: MemoryPlan | None = None,
+        grammars: GrammarQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.facts = facts
         self.memory_plan = memory_plan
         self._scheduler = scheduler
         self._executor = executor
+        self._grammars = grammars
         self._clock = clock
         self._outbox: list[Delta] = []  # of requests that ended outside a step
         self._num_steps = 0
@@ -90,12 +98,15 @@ class EngineCore:
             clock=time.monotonic,
         )
         facts = msgspec.structs.replace(executor.facts, max_model_len=scheduler.max_model_len)
-        return cls(scheduler, executor, facts, memory_plan=planned)
+        grammars = GrammarQueue(executor.grammars)
+        return cls(scheduler, executor, facts, memory_plan=planned, grammars=grammars)
 
     def run(self, transport: Transport) -> None:
         """Serve until the transport says to end. Whatever a step raises comes out of here."""
+        if self._grammars is not None:
+            self._grammars.wake = transport.wake
         while True:
-            messages = transport.receive(wait=not self.has_work())
+            messages = transport.receive(wait=not self._can_step())
             if messages is None:
                 return
             for message in messages:
@@ -108,12 +119,22 @@ class EngineCore:
         """Take a request or an abort. A request that cannot run ends with an `error` delta."""
         if isinstance(message, Abort):
             for request_id in message.ids:
+                if self._grammars is not None and self._grammars.withdraw(request_id):
+                    self._outbox.append(Delta(id=request_id, finish="abort"))
+                    continue
                 delta = self._scheduler.abort(request_id)
                 if delta is not None:
                     self._outbox.append(delta)
             return
+        self._enter(message, parked=False)
+
+    def _enter(self, message: Request, *, parked: bool) -> None:
+        """Let a request into the scheduler, or wait for its grammar outside."""
         try:
-            self._check(message)
+            if not parked:
+                self._check(message)
+                if message.grammar is not None and self._must_wait(message):
+                    return
             self._scheduler.add(message)
         except TgiError as error:
             self._refuse(message, error.message)
@@ -123,21 +144,27 @@ class EngineCore:
 
     def step(self) -> list[Delta]:
         """Run one step if there is one; return what goes to the clients."""
+        if self._grammars is not None and self._grammars.has_results:
+            for request, error in self._grammars.ready():
+                if error is None:
+                    self._enter(request, parked=True)
+                else:
+                    self._refuse(request, error)
         deltas, self._outbox = self._outbox, []
         step = self._scheduler.schedule()
         if step is None:
-            return deltas
+            return self._released(deltas)
         self._step_started = started = self._clock()
         self._executor.submit(step)
         output = self._executor.collect()
         self._last_step_seconds = self._clock() - started
         self._step_started = None
         self._num_steps += 1
-        return deltas + self._scheduler.update(step, output)
+        return self._released(deltas + self._scheduler.update(step, output))
 
     def has_work(self) -> bool:
-        """Whether a call of `step` could bring anything."""
-        return bool(self._outbox) or self._scheduler.has_work()
+        """Whether any request has not ended, or something is to be said of one that has."""
+        return self._can_step() or bool(self._grammars)
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
@@ -156,7 +183,28 @@ class EngineCore:
 
     def close(self) -> None:
         """Release the model."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._executor.close()
+
+    def _can_step(self) -> bool:
+        """Whether a call of `step` could bring anything; waiting for a grammar is not that."""
+        if self._grammars is not None and self._grammars.has_results:
+            return True
+        return bool(self._outbox) or self._scheduler.has_work()
+
+    def _must_wait(self, request: Request) -> bool:
+        if self._grammars is None:
+            raise InvalidRequest("grammar is not supported")
+        return self._grammars.park(request)
+
+    def _released(self, deltas: list[Delta]) -> list[Delta]:
+        """The same deltas; what was kept for the requests they end is let go."""
+        if self._grammars is not None:
+            for delta in deltas:
+                if delta.finish is not None:
+                    self._grammars.release(delta.id)
+        return deltas
 
     def _check(self, request: Request) -> None:
         """What the front door has checked too: nothing unchecked reaches the model."""

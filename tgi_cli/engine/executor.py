@@ -21,9 +21,11 @@ from tgi_cli.engine.messages import ModelFacts
 from tgi_cli.engine.precision import with_activations
 from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
+from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.decoder import Decoder
+from tgi_cli.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,15 @@ class Executor(Protocol):
 class LocalExecutor:
     """One rank, in this process. Made by `load`."""
 
-    def __init__(self, runner: ModelRunner, memory_plan: MemoryPlan, facts: ModelFacts) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        memory_plan: MemoryPlan,
+        facts: ModelFacts,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._runner: ModelRunner | None = runner
+        self.grammars = grammars
         self.memory_plan = memory_plan
         self.facts = facts
 
@@ -95,6 +104,7 @@ class LocalExecutor:
             planned.dtype,
             progress=lambda fraction: report("loading", fraction),
         )
+        grammars = GrammarCompiler(lambda: load_tokenizer(str(path)), checkpoint.vocab_size)
         runner = ModelRunner(
             decoder,
             backend,
@@ -102,10 +112,11 @@ class LocalExecutor:
             max_rows=config.scheduler.max_num_seqs,
             max_len=planned.max_model_len,
             block_size=planned.block_size,
+            grammars=grammars,
         )
         report("warming up", None)
         runner.warm_up(config.scheduler.max_batch_tokens, config.scheduler.max_num_seqs)
-        return cls(runner, planned, _facts(config, checkpoint, runner, planned, path))
+        return cls(runner, planned, _facts(config, checkpoint, runner, planned, path), grammars)
 
     def submit(self, step: Step) -> None:
         """Run the model over the step."""

@@ -42,6 +42,9 @@ class _QueueTransport:
     def send(self, deltas: list[Delta], stats: EngineStats) -> None:
         self._deliver(deltas, stats)
 
+    def wake(self) -> None:
+        self.inbox.put(Abort([]))  # a message that means nothing
+
 
 class InlineClient:
     """Runs `core` in a thread of its own until `close`. To be used from one event loop."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from tgi_cli.config import EngineConfig, ServerConfig
+from tgi_cli.grammar import Grammar
 from tgi_cli.sampling import SamplingParams
 
 
@@ -20,7 +21,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     request is admitted with them as outputs, never pasted into the prompt. `tenant` is the API
     key's name, `user` only divides a tenant's own share; `weight` scales the tenant's share,
     lower `priority` runs first (0 is normal). `arrival` is wall-clock seconds. `cache_salt`
-    keeps prefix-cache entries apart. `eos_token_ids` end generation unless `ignore_eos`.
+    keeps prefix-cache entries apart. `eos_token_ids` end generation unless `ignore_eos`. The output
+    is a text of `grammar` if there is one, and ends with it.
     """
 
     id: str
@@ -34,6 +36,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -62,10 +65,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step produced for one request.
 
-    `finish` is None while it runs, else `length`, `eos`, `stop` (a stop token id), `abort` or
-    `error` (then `error` holds the sentence). `num_cached_tokens` (prompt tokens found in the
-    prefix cache) and `prompt_logprobs` (one entry a prompt token, the first None) come with the
-    first token. `queue_time` in seconds, with the first delta.
+    `finish` is None while it runs, else `length`, `eos`, `stop` (a stop token id, or the grammar is
+    complete), `abort` or `error` (then `error` holds the sentence). `num_cached_tokens` (prompt
+    tokens found in the prefix cache) and `prompt_logprobs` (one entry a prompt token, the first
+    None) come with the first token. `queue_time` in seconds, with the first delta.
     """
 
     id: str

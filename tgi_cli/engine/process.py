@@ -62,19 +62,23 @@ class ZmqTransport:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(endpoint)
+        self._alarm = os.eventfd(0)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._alarm, zmq.POLLIN)
         self._workers: dict[str, bytes] = {}  # by request id
         self._orphans: list[str] = []
         self._decode = msgspec.msgpack.Decoder(Inbound).decode
         self._encode = msgspec.msgpack.Encoder().encode
 
     def receive(self, *, wait: bool) -> Sequence[Inbound]:
-        """Everything that has arrived; with `wait` at least one message."""
+        """Everything that has arrived; with `wait` at least one message, unless woken."""
         messages: list[Inbound] = []
         if self._orphans:
             messages.append(Abort(self._orphans))
             self._orphans = []
-        if wait and not messages:
-            self._socket.poll()
+        if wait and not messages and self._alarm in dict(self._poller.poll()):
+            os.eventfd_read(self._alarm)
         while True:
             try:
                 worker, data = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -107,6 +111,10 @@ class ZmqTransport:
             except zmq.ZMQError as error:
                 log.warning("an HTTP worker is gone (%s), its requests are aborted", error)
                 self._forget(worker)
+
+    def wake(self) -> None:
+        """End a `receive` that waits."""
+        os.eventfd_write(self._alarm, 1)
 
     def _forget(self, worker: bytes) -> None:
         lost = [request_id for request_id, owner in self._workers.items() if owner == worker]

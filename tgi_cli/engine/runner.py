@@ -22,6 +22,7 @@ from tgi_cli.engine.rows import RowState, TokenHistory
 from tgi_cli.engine.sampler import Sampled, Sampler, num_accepted
 from tgi_cli.engine.step import NewRow, RowOutput, ScheduledRow, Step, StepOutput
 from tgi_cli.errors import TgiError
+from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.model.decoder import Decoder
 from tgi_cli.sampling import SamplingParams
@@ -53,7 +54,7 @@ class ModelRunner:
         max_rows: sequences at once.
         max_len: most tokens of one sequence.
         block_size: tokens per block.
-        sampler: what draws; None makes the default one.
+        grammars: what compiles grammars; without it requests that have one are refused.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ModelRunner:
         max_rows: int,
         max_len: int,
         block_size: int,
-        sampler: Sampler | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._decoder = decoder
         native = backend.plan(decoder, block_size)
@@ -75,7 +76,7 @@ class ModelRunner:
         self.deterministic = native is not None
         self._kv_cache = kv_cache
         self._history = TokenHistory(max_rows, max_len, decoder.spec.vocab_size)
-        self._sampler = sampler or Sampler(backend.ops, max_rows)
+        self._sampler = Sampler(backend.ops, max_rows, grammars)
         self._prompt_logprobs = PromptLogprobs(self._history, max_rows)
         self._states: tuple[RowState, ...] = (self._history, self._sampler, self._prompt_logprobs)
         self._builder = BatchBuilder(
@@ -105,6 +106,8 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if scheduled:
             built = self._builder.build(scheduled)
+            if len(built.sampled):
+                self._sampler.prepare(built.logit_rows)
             hidden = self._forward(built.batch, self._kv_cache.layers)
             if len(built.sampled):
                 logits = self._decoder.logits(hidden[built.batch.logit_rows])
@@ -196,19 +199,24 @@ class ModelRunner:
             drawn = token_ids[first:end]
             kept = num_accepted(row.draft_ids, drawn) + 1 if num_drafts else 1
             if not all(valid[first : first + kept]):
-                outputs.append(RowOutput(row=row.row, error=_NOT_FINITE))
+                error = self._sampler.failure(row.row) or _NOT_FINITE
+                outputs.append(RowOutput(row=row.row, error=error))
             else:
                 tokens = drawn[:kept]
+                complete = self._sampler.accept(row.row, tokens)
+                if complete is not None:
+                    tokens = tokens[:complete]
                 if not appended:
                     self._history.append(row.row, tokens)
                 logprobs = None
                 if first in sampled.logprobs:
-                    logprobs = [sampled.logprobs[i] for i in range(first, first + kept)]
+                    logprobs = [sampled.logprobs[i] for i in range(first, first + len(tokens))]
                 outputs.append(
                     RowOutput(
                         row=row.row,
                         token_ids=tokens,
                         logprobs=logprobs,
+                        complete=complete is not None,
                         prompt_logprobs=flight.prompt_logprobs.get(index),
                     )
                 )

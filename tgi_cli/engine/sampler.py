@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tgi_cli.engine.draw import argmax, draw_gumbel
+from tgi_cli.engine.grammar import GrammarMask
 from tgi_cli.engine.logprobs import token_logprobs
 from tgi_cli.engine.messages import Request, TokenLogprobs
 from tgi_cli.engine.rows import IntArray, LogitRows
-from tgi_cli.engine.stages import LogitsStage, apply_stages, default_stages
+from tgi_cli.engine.stages import apply_stages, default_stages
+from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.ops import Ops
 
 
@@ -37,13 +39,15 @@ class Sampled:
 
 
 class Sampler:
-    """Stages in their order, and each row's seed, greediness and wish for log probabilities."""
+    """Stages in their order, and each row's seed, greediness and wish for log probabilities.
 
-    def __init__(
-        self, ops: Ops, max_rows: int, stages: tuple[LogitsStage, ...] | None = None
-    ) -> None:
+    Without a compiler, requests with a grammar are refused.
+    """
+
+    def __init__(self, ops: Ops, max_rows: int, grammars: GrammarCompiler | None = None) -> None:
         self._ops = ops
-        self.stages = default_stages(max_rows) if stages is None else stages
+        self._grammar = GrammarMask(max_rows, grammars)
+        self.stages = default_stages(max_rows, self._grammar)
         self._seeds = np.zeros(max_rows, np.int64)
         self._greedy = np.ones(max_rows, np.bool_)
         self._num_top = np.full(max_rows, -1, np.int64)  # -1: no log probabilities
@@ -64,6 +68,18 @@ class Sampler:
         for stage in self.stages:
             stage.remove(row)
 
+    def prepare(self, batch: LogitRows) -> None:
+        """Begin with what needs no logits of a step that `sample` will be called for."""
+        self._grammar.prepare(batch)
+
+    def accept(self, row: int, token_ids: Sequence[int]) -> int | None:
+        """Take note of what a row drew and kept; see `GrammarMask.accept`."""
+        return self._grammar.accept(row, token_ids)
+
+    def failure(self, row: int) -> str | None:
+        """Why a row could draw nothing valid, where it was not the model's fault."""
+        return self._grammar.failure(row)
+
     def sample(self, logits: Tensor, batch: LogitRows) -> Sampled:
         """Draw one token per logit row. `logits` [n, vocab_size] float32 are overwritten."""
         best = argmax(logits)
@@ -77,7 +93,8 @@ class Sampler:
         valid = finite.numpy(force=True)
         random = np.flatnonzero(~self._greedy[batch.rows] & valid)
         if len(random):
-            best[torch.from_numpy(random).to(best.device)] = self._draw(logits, batch, random)
+            rows = torch.from_numpy(random).to(best.device)
+            best[rows] = self._draw(logits, best[rows], batch, random)
         token_ids = best.numpy(force=True)
         logprobs: dict[int, TokenLogprobs] = {}
         if raw is not None:
@@ -85,7 +102,8 @@ class Sampler:
             logprobs = dict(zip(wanted.tolist(), entries, strict=True))
         return Sampled(token_ids, valid, logprobs)
 
-    def _draw(self, logits: Tensor, batch: LogitRows, index: IntArray) -> Tensor:
+    def _draw(self, logits: Tensor, best: Tensor, batch: LogitRows, index: IntArray) -> Tensor:
+        """Draw for the logit rows at `index`, whose likeliest ids are `best`."""
         device = logits.device
         if len(index) < len(batch):
             logits = logits[torch.from_numpy(index).to(device)]
@@ -94,6 +112,7 @@ class Sampler:
             torch.from_numpy(self._seeds[batch.rows[index]]).to(device),
             torch.from_numpy(batch.output_positions[index]).to(device),
             self._ops,
+            best=best,
         )
 
 

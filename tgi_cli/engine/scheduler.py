@@ -381,7 +381,7 @@ class Scheduler:
         if not row.sample:
             return None
         sequence.num_computed -= len(row.draft_ids) + 1 - len(result.token_ids)
-        token_ids = sequence.accept(result.token_ids)
+        token_ids = sequence.accept(result.token_ids, complete=result.complete)
         self._queue.charge(sequence, output_tokens=len(token_ids))
         self._generated_tokens += len(token_ids)
         if row.draft_ids:

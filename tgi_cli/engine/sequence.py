@@ -116,11 +116,11 @@ class Sequence:
         if self.wants_prompt_logprobs:
             self.prompt_logprobs = [None]
 
-    def accept(self, token_ids: list[int]) -> list[int]:
+    def accept(self, token_ids: list[int], *, complete: bool = False) -> list[int]:
         """Append what was sampled, up to and with the token that ends it; return what was taken.
 
-        Sets `finish`. Neither an eos token nor a stop token ends it before `min_tokens`: the
-        sampler masks them until then.
+        Sets `finish`; `complete` ends it with the last of them. Neither an eos token nor a stop
+        token ends it before `min_tokens`: the sampler masks them until then.
         """
         request, sampling = self._request, self._request.sampling
         own = self.token_ids
@@ -129,7 +129,9 @@ class Sequence:
             own.append(token_id)
             if may_stop and token_id in request.eos_token_ids and not sampling.ignore_eos:
                 self.finish = "eos"
-            elif may_stop and token_id in sampling.stop_token_ids:
+            elif (may_stop and token_id in sampling.stop_token_ids) or (
+                complete and count == len(token_ids)
+            ):
                 self.finish = "stop"
             elif len(own) >= self.max_total:
                 self.finish = "length"

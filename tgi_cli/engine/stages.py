@@ -273,14 +273,16 @@ class Typical:
         logits.masked_fill_(distance > ordered.gather(1, last), NEG_INF)
 
 
-def default_stages(max_rows: int) -> tuple[LogitsStage, ...]:
+def default_stages(max_rows: int, *masks: LogitsStage) -> tuple[LogitsStage, ...]:
     """All stages in the order in which they apply.
 
-    Masks, bias and penalties on raw logits, then temperature, top-k, top-p, min-p, typical: the
-    order of TGI's and transformers' warpers (vLLM has min-p before top-k).
+    Masks (further ones given as `masks`), bias and penalties on raw logits, then temperature,
+    top-k, top-p, min-p, typical: the order of TGI's and transformers' warpers (vLLM has min-p
+    before top-k).
     """
     return (
         TokenMask(max_rows),
+        *masks,
         LogitBias(max_rows),
         Penalties(max_rows),
         Temperature(max_rows),

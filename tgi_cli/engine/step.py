@@ -63,6 +63,7 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True):
     `token_ids` has the accepted drafts and the token drawn after them (empty unless `sample`).
     `logprobs` is parallel to it if asked for. `prompt_logprobs` are those of the prompt positions
     run in this step, for the tokens at `start + 1 ..`. `error` ends this sequence alone.
+    `complete` says that a grammar lets nothing follow them: the sequence ends.
     `draft_ids` proposes the tokens after the last of `token_ids`, for its next step to verify.
     """
 
@@ -71,6 +72,7 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    complete: bool = False
     draft_ids: list[int] = []
 
 
