@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.http.conftest import Serve, Site
 from tests.unit.text.templates import CHATML, LLAMA3
 from tgi_cli.chat_template import ChatTemplate
+from tgi_cli.grammar import Grammar
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR
 from tgi_cli.tokenizer import load_tokenizer
@@ -230,6 +231,43 @@ async def test_choice_none_and_no_parallel_calls(talk: Any) -> None:
     assert (await deaf.ask(tool_choice="none")).finish_reason == "stop"
     with pytest.raises(openai.BadRequestError, match="knows no tools"):
         await deaf.ask()
+
+
+@pytest.mark.parametrize("choice", ["add", {"type": "function", "function": {"name": "add"}}])
+async def test_a_named_function_is_forced_by_its_schema(talk: Any, choice: Any) -> None:
+    talker = await talk(HERMES)
+    talker.says('{"a": [1, 2]}')
+    reply = await talker.ask(tool_choice=choice)
+    assert called(reply.message) == [("add", {"a": [1, 2]})]
+    assert (reply.finish_reason, reply.message.content) == ("tool_calls", None)
+    request = talker.site.engine.requests[-1]
+    assert request.grammar == Grammar.json_schema(ADD["function"]["parameters"])
+    parts = [p for c in await talker.stream(tool_choice=choice) for p in c.delta.tool_calls or ()]
+    assert parts[0].function.name == "add"
+    fragments = [part.function.arguments for part in parts[1:]]
+    assert len(fragments) > 5
+    assert "".join(fragments) == '{"a": [1, 2]}'
+    reply = await talker.ask(tool_choice=choice, max_tokens=4)
+    assert reply.finish_reason == "length"
+    assert reply.message.tool_calls[0].function.arguments == '{"a"'
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_required_calls_are_forced_by_all_schemas(talk: Any, parallel: bool) -> None:
+    talker = await talk(HERMES)
+    call = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    talker.says(f"[{call}]" if parallel else call)
+    reply = await talker.ask(tool_choice="required", parallel_tool_calls=parallel)
+    assert called(reply.message) == [("get_weather", CITIES[0])]
+    assert reply.finish_reason == "tool_calls"
+    schema = json.loads(talker.site.engine.requests[-1].grammar.source)
+    assert schema.get("type") == ("array" if parallel else None)
+    variants = (schema["items"] if parallel else schema)["anyOf"]
+    names = [variant["properties"]["name"]["const"] for variant in variants]
+    assert names == ["get_weather", "add"]
+    assert variants[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+    assert (await talker.ask()).finish_reason == "stop"  # and nothing is forced by default
+    assert talker.site.engine.requests[-1].grammar is None
 
 
 async def test_several_choices_each_have_their_calls(talk: Any) -> None:

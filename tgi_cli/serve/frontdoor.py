@@ -21,6 +21,7 @@ from tgi_cli.config import ServerConfig
 from tgi_cli.engine.client import EngineClient
 from tgi_cli.engine.messages import ModelFacts, Request
 from tgi_cli.errors import EngineUnavailable, InvalidRequest
+from tgi_cli.grammar import Grammar
 from tgi_cli.sampling import SamplingParams, child_seed
 from tgi_cli.serve.answer import Answer
 from tgi_cli.serve.limits import Admission, Limits
@@ -230,10 +231,12 @@ class FrontDoor:
         count: int = 1,
         include_stop: bool = False,
         marks: Sequence[str] = (),
+        grammar: Grammar | None = None,
     ) -> list[Answer]:
         """Make `count` sequences for a prompt; nothing runs before their events are read.
 
         Child i samples with `child_seed(sampling.seed, i)`. `marks`: see `Answer`.
+        Every answer is a text of `grammar` if there is one.
         """
         texts = self.texts
         sampling.validate(self.facts.vocab_size)
@@ -251,6 +254,7 @@ class FrontDoor:
                     priority=caller.priority,
                     cache_salt=caller.cache_salt,
                     arrival=arrival,
+                    grammar=grammar,
                 ),
                 self.client,
                 texts.tokenizer,

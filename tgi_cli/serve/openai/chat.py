@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
+from tgi_cli.grammar import Grammar
 from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import IGNORED, TENANT, json_response, read_struct
@@ -23,7 +24,6 @@ from tgi_cli.serve.openai.schema import (
     num_choices,
     refuse_unsupported,
     sampling_params,
-    unsupported,
 )
 from tgi_cli.serve.openai.tools.declared import ToolUse, use_of_tools
 from tgi_cli.serve.openai.tools.history import shorten_ids
@@ -131,9 +131,9 @@ def chat_answers(
         priority=body.priority,
         cache_salt=body.cache_salt,
     )
-    if use.schema is not None:
-        raise unsupported("tool_choice", "only `auto` and `none`: it needs structured output")
+    schema = use.schema
+    grammar = None if schema is None else Grammar.json_schema(schema)
     marks = () if use.form is None else use.form.marks
     if door.texts.template.mentions(CLOSE):
         marks = (*marks, OPEN, CLOSE)
-    return door.answers(prompt, sampling, caller=caller, count=count, marks=marks)
+    return door.answers(prompt, sampling, caller=caller, count=count, marks=marks, grammar=grammar)
