@@ -60,6 +60,7 @@ class LLM:
             or `.gguf` file.
         revision: branch, tag or commit of the hub's repository.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        activation_dtype: what multiplies quantized weights on a CPU: `auto`, `int8` or `bfloat16`.
         device: `auto`, `cpu` or `cuda`.
         max_model_len: most tokens of a prompt and its answer; the model's own limit if None.
         max_num_seqs: prompts that run at once; the others wait.
@@ -82,6 +83,7 @@ class LLM:
         *,
         revision: str | None = None,
         dtype: str = "auto",
+        activation_dtype: str = "auto",
         device: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -97,6 +99,7 @@ class LLM:
                 model_id=model,
                 revision=revision,
                 dtype=dtype,
+                activation_dtype=activation_dtype,
                 device=device,
                 max_model_len=max_model_len,
                 token=token,

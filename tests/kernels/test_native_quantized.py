@@ -136,3 +136,8 @@ def test_what_is_not_finite_spoils_its_row_alone(context: library.Context) -> No
     spoilt[[2, 5, 7]] = True
     assert found[spoilt].isnan().all()
     assert torch.equal(found[~spoilt], clean[~spoilt])
+
+
+def test_ragged_inputs_are_refused(context: library.Context) -> None:
+    with pytest.raises(ValueError, match="48 inputs are no multiple of 32"):
+        PackedWeight.grouped(context, RandomGroups(INT8, 32, 48))

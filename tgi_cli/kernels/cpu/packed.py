@@ -110,6 +110,8 @@ class PackedWeight:
     ) -> PackedWeight:
         """Pack a grouped matrix, some panels at a time; `in_features` is a multiple of 32."""
         rows, columns = weight.out_features, weight.in_features
+        if columns % _RUN:
+            raise ValueError(f"{columns} inputs are no multiple of {_RUN}")
         data = torch.empty(matrix_bytes(weight.scheme, rows, columns), dtype=torch.uint8)
         made = cls(context, (rows, columns), data, weight.scheme, interleaved=interleaved)
         for start in range(0, rows, _PACKED_ROWS):
