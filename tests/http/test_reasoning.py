@@ -131,6 +131,14 @@ def test_cuts_never_matter_and_nothing_is_lost(
     )
 
 
+async def test_forced_answers_have_no_reasoning(site: Site) -> None:
+    use(site, R1, '{"city": "Paris"}')
+    body = {**HELLO, "tools": [WEATHER], "tool_choice": "get_weather"}
+    _, answer, _ = await site.post(PATH, body)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+
+
 async def test_effort_goes_to_templates_that_take_one(site: Site) -> None:
     use(site, "{{ messages[-1].content }}{{ reasoning_effort }}", "Hello")
     body = {**HELLO, "reasoning_effort": "low"}

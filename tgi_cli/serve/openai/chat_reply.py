@@ -43,8 +43,9 @@ class ChatReply:
         self._use = use
         self._model = model
         self._top = (body.top_logprobs or 0) if body.logprobs else None
-        # A forced answer has no room for reasoning: its first character is its schema's.
-        self._reasons = use.schema is None and door.texts.template.mentions(CLOSE)
+        # An answer that must be a text of a grammar has no room for reasoning before it.
+        free = all(answer.request.grammar is None for answer in answers)
+        self._reasons = free and door.texts.template.mentions(CLOSE)
 
     def whole(self) -> dict[str, Any]:
         """The reply once every answer is complete."""
