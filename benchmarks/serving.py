@@ -140,6 +140,8 @@ async def measure(url: str, server: Server, workload: Workload, prompts: Prompts
         await load(1, 1, 10_000).run()
         run = load(workload.requests, workload.concurrency, next(_COUNTER) * 100)
         await run.run()
+    for message in {record.message for record in run.records if record.message}:
+        print(f"{server.name}: {message}", file=sys.stderr)
     return summarize(run.records, duration=run.span, output_tokens=workload.output_tokens)
 
 
