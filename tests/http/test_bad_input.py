@@ -87,8 +87,8 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"tool_prompt": "Call a tool:"}, "`tool_prompt`"),
     ({"functions": [{"name": "f"}]}, "send `tools`"),
     ({"tool_choice": "required"}, "`tool_choice`"),
-    ({"response_format": {"type": "json_object"}}, "`response_format` is not supported yet"),
-    ({"guided_regex": "a+"}, "`guided_regex`"),
+    ({"response_format": {"type": "xml"}}, "`response_format.type` must be"),
+    ({"guided_regex": "a("}, "grammar is not valid"),
     ({"adapter_id": "a"}, "`adapter_id`"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
     ({"chat_template_kwargs": {"messages": []}}, "`chat_template_kwargs`"),
@@ -136,7 +136,7 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "`seed` must be >= 0"),
     ({"details": "yes"}, "`parameters.details`"),
     ({"watermark": True}, "`watermark` is not supported yet"),
-    ({"grammar": {"type": "regex", "value": "a"}}, "`grammar` is not supported yet"),
+    ({"grammar": {"type": "regex", "value": "a("}}, "grammar is not valid: "),
     ({"adapter_id": "a"}, "`adapter_id` is not supported yet"),
 ]
 

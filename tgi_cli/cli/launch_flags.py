@@ -280,6 +280,12 @@ WORKING = (
             "A tokenizer_config.json to take the chat template from.",
         ),
         _tgi(
+            "disable_grammar_support",
+            "server.disable_grammar_support",
+            "Refuse structured output, and forced tool calls with it.",
+            kind="switch",
+        ),
+        _tgi(
             "graceful_termination_timeout",
             "server.graceful_termination_timeout",
             "Seconds that accepted requests get to finish after SIGTERM.",
@@ -412,12 +418,6 @@ WITHOUT_MEANING = _panel(
         "enable_prefill_logprobs",
         "prompt logprobs are there for every request that asks",
         True,
-        False,
-        kind="switch",
-    ),
-    _no_meaning(
-        "disable_grammar_support",
-        "this build has no grammars and refuses them",
         False,
         kind="switch",
     ),

@@ -22,8 +22,10 @@ from tgi_cli.engine.client import EngineClient
 from tgi_cli.engine.messages import ModelFacts, Request
 from tgi_cli.errors import EngineUnavailable, InvalidRequest
 from tgi_cli.grammar import Grammar
+from tgi_cli.grammar_compiler import COMPILE_DEADLINE, GrammarCompiler
 from tgi_cli.sampling import SamplingParams, child_seed
 from tgi_cli.serve.answer import Answer
+from tgi_cli.serve.grammars import AskedGrammar
 from tgi_cli.serve.limits import Admission, Limits
 from tgi_cli.serve.prometheus import Metrics
 from tgi_cli.tokenizer import Tokenizer
@@ -82,12 +84,14 @@ class FrontDoor:
         self.admission = Admission(-(-config.max_concurrent_requests // config.http_workers))
         self.draining = False
         self._open: tuple[Texts, Limits, ModelFacts] | None = None
+        self._grammars: GrammarCompiler | None = None
         self._pool = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validate")
 
     def open(self, texts: Texts, facts: ModelFacts) -> None:
         """Let requests in: the model is loaded and its tokenizer too."""
         limits = Limits.resolve(self.config, facts)
         self.metrics.model_ready(limits)
+        self._grammars = GrammarCompiler(lambda: texts.tokenizer, facts.vocab_size)
         self._open = (texts, limits, facts)
 
     def close(self) -> None:
@@ -221,6 +225,34 @@ class FrontDoor:
         return self.limits.max_tokens(
             len(prompt.ids), asked, prompt_field=prompt.field, tokens_field=tokens_field
         )
+
+    async def check_grammar(self, asked: AskedGrammar | None) -> Grammar | None:
+        """Refuse a grammar that cannot be compiled; the engine compiles it again for itself."""
+        if asked is None:
+            return None
+        grammar, field = asked
+        if self.config.disable_grammar_support:
+            raise InvalidRequest(
+                "grammar is not supported",
+                hint="this server was started with --disable-grammar-support",
+                param=field,
+            )
+        self._opened()
+        compiler = self._grammars
+        assert compiler is not None
+        if compiler.cached(grammar) is None:
+            await self.in_pool(compiler.prepare)
+            try:
+                compiling = self.in_pool(lambda: compiler.compile(grammar))
+                await asyncio.wait_for(compiling, COMPILE_DEADLINE)
+            except InvalidRequest as error:
+                raise InvalidRequest(error.message, hint=error.hint, param=field) from None
+            except TimeoutError:
+                raise InvalidRequest(
+                    f"grammar is not valid: compiling it takes more than {COMPILE_DEADLINE:g} s",
+                    param=field,
+                ) from None
+        return grammar
 
     def answers(
         self,

@@ -12,6 +12,7 @@ from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import IGNORED, TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
+from tgi_cli.serve.grammars import AskedGrammar, asked_grammar
 from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.chat_reply import ChatReply
 from tgi_cli.serve.openai.reasoning import CLOSE, OPEN
@@ -44,7 +45,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             request[IGNORED].append("reasoning_effort")
         use = chat_tools(door, body)
         prompt = await render_chat(door, body, use)
-        answers = chat_answers(door, body, prompt, count, request[TENANT], use)
+        answers = await chat_answers(door, body, prompt, count, request[TENANT], use)
         timing.validated()
         reply = ChatReply(door, body, prompt, answers, use, served.name)
         if not body.stream:
@@ -105,7 +106,7 @@ async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Promp
     )
 
 
-def chat_answers(
+async def chat_answers(
     door: FrontDoor, body: ChatRequest, prompt: Prompt, count: int, tenant: str, use: ToolUse
 ) -> list[Answer]:
     """Make the `count` answers to a rendered conversation; they run when they are read."""
@@ -131,9 +132,22 @@ def chat_answers(
         priority=body.priority,
         cache_salt=body.cache_salt,
     )
-    schema = use.schema
-    grammar = None if schema is None else Grammar.json_schema(schema)
+    grammar = await door.check_grammar(_grammar(body, use))
     marks = () if use.form is None else use.form.marks
     if door.texts.template.mentions(CLOSE):
         marks = (*marks, OPEN, CLOSE)
     return door.answers(prompt, sampling, caller=caller, count=count, marks=marks, grammar=grammar)
+
+
+def _grammar(body: ChatRequest, use: ToolUse) -> AskedGrammar | None:
+    """What the answer must look like: as the client says, or a call where one is forced."""
+    asked = asked_grammar(body)
+    if asked is not None and use.mode != "none":
+        raise InvalidRequest(
+            f"`{asked.field}` and `tools` are mutually exclusive",
+            hint="leave one out, or set `tool_choice` to `none`",
+            param=asked.field,
+        )
+    if use.schema is not None:
+        return AskedGrammar(Grammar.json_schema(use.schema), "tools")
+    return asked

@@ -9,10 +9,12 @@ from typing import Any
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
+from tgi_cli.grammar import Grammar
 from tgi_cli.serve.answer import Answer, TextEvent, complete_all, merge
 from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
+from tgi_cli.serve.grammars import asked_grammar
 from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.replies import (
     CompletionLogprobs,
@@ -53,7 +55,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
             priority=body.priority,
             cache_salt=body.cache_salt,
         )
-        groups = [_answers(door, body, prompt, best_of, n, caller) for prompt in prompts]
+        grammar = await door.check_grammar(asked_grammar(body))
+        groups = [_answers(door, body, prompt, best_of, n, caller, grammar) for prompt in prompts]
         answers = [answer for group in groups for answer in group]
         timing.validated()
         reply = _CompletionReply(door, body, prompts, groups, served.name)
@@ -124,7 +127,13 @@ async def _tokens(door: FrontDoor, prompt: str | list[int]) -> Prompt:
 
 
 def _answers(
-    door: FrontDoor, body: CompletionRequest, prompt: Prompt, best_of: int, n: int, caller: Caller
+    door: FrontDoor,
+    body: CompletionRequest,
+    prompt: Prompt,
+    best_of: int,
+    n: int,
+    caller: Caller,
+    grammar: Grammar | None,
 ) -> list[Answer]:
     asked = body.max_tokens
     if asked is not None and asked < (0 if body.echo else 1):
@@ -144,7 +153,7 @@ def _answers(
         logprobs=logprobs,
         prompt_logprobs=max((top for top in wanted if top is not None), default=None),
     )
-    return door.answers(prompt, sampling, caller=caller, count=best_of)
+    return door.answers(prompt, sampling, caller=caller, count=best_of, grammar=grammar)
 
 
 class _CompletionReply:

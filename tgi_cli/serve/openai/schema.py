@@ -55,7 +55,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     cache_salt: str = ""
     return_token_ids: bool = False
     prompt_logprobs: int | None = None
-    # Features of later issues: read so that they can be refused.
+    # Structured output, as `serve.grammars` reads it.
     response_format: Any = None
     guided_json: Any = None
     guided_regex: Any = None
@@ -63,6 +63,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     guided_choice: Any = None
     structured_outputs: Any = None
     grammar: Any = None
+    # Features of later issues: read so that they can be refused.
     adapter_id: Any = None
     watermark: Any = None
 
@@ -124,20 +125,8 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
 def refuse_unsupported(body: SamplingFields) -> None:
     """Raise `InvalidRequest` for a feature that this server does not have yet."""
-    form = body.response_format
-    if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
-        raise unsupported("response_format", "only `text` output")
-    for name in (
-        "guided_json",
-        "guided_regex",
-        "guided_grammar",
-        "guided_choice",
-        "structured_outputs",
-        "grammar",
-        "adapter_id",
-    ):
-        if getattr(body, name) is not None:
-            raise unsupported(name)
+    if body.adapter_id is not None:
+        raise unsupported("adapter_id")
     if body.watermark not in (None, False):
         raise unsupported("watermark")
     if isinstance(body, CompletionRequest) and body.suffix:

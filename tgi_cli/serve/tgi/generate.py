@@ -15,6 +15,7 @@ from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
+from tgi_cli.serve.grammars import AskedGrammar, tagged_grammar
 from tgi_cli.serve.keys import DOOR
 from tgi_cli.serve.sse import send_frames
 from tgi_cli.serve.tgi.schema import (
@@ -96,12 +97,17 @@ async def native_answers(
         max_tokens=door.max_tokens(prompt, given.max_new_tokens, "max_new_tokens"),
         stream=stream,
     )
+    asked = None
+    if given.grammar is not None:
+        asked = AskedGrammar(tagged_grammar(given.grammar, "grammar"), "grammar")
+    grammar = await door.check_grammar(asked)
     answers = door.answers(
         prompt,
         sampling,
         caller=Caller(tenant=tenant),
         count=given.best_of or 1,
         include_stop=True,
+        grammar=grammar,
     )
     return prompt, answers
 

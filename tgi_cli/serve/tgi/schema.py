@@ -35,9 +35,9 @@ class Parameters(msgspec.Struct, kw_only=True):
     decoder_input_details: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
+    grammar: Any = None
     # Features of later issues: read so that they can be refused.
     watermark: bool = False
-    grammar: Any = None
     adapter_id: Any = None
 
     @property
@@ -107,7 +107,7 @@ def check(given: Parameters, config: ServerConfig, *, stream: bool) -> None:
             "`decoder_input_details` == true is not supported when streaming tokens",
             param="decoder_input_details",
         )
-    for name in ("watermark", "grammar", "adapter_id"):
+    for name in ("watermark", "adapter_id"):
         if getattr(given, name) not in (None, False):
             raise InvalidRequest(f"`{name}` is not supported yet", param=name)
 

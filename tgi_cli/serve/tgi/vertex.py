@@ -99,4 +99,4 @@ async def _answers(
     refuse_unsupported(instance)
     use = chat_tools(door, instance)
     prompt = await render_chat(door, instance, use)
-    return prompt, chat_answers(door, instance, prompt, 1, tenant, use)
+    return prompt, await chat_answers(door, instance, prompt, 1, tenant, use)
