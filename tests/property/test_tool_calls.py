@@ -11,11 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tgi_cli.serve.openai.tools.calls import CallParser
-from tgi_cli.serve.openai.tools.formats import HERMES, LLAMA3, MISTRAL, PLAIN_JSON, CallFormat
+from tgi_cli.serve.openai.tools.formats import (
+    GRANITE,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    PLAIN_JSON,
+    CallFormat,
+    format_of,
+)
 from tgi_cli.serve.openai.tools.parser import Arguments, CallStart, Piece
 
 NAMES = ("add", "get_weather")
-FORMATS = (HERMES, LLAMA3, MISTRAL, PLAIN_JSON)
+FORMATS = (HERMES, LLAMA3, MISTRAL, GRANITE, PLAIN_JSON)
 SPACE = " \t\r\n"
 
 
@@ -54,6 +62,7 @@ spaces = st.text(SPACE, max_size=3)
 fragments = st.sampled_from(
     [
         *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        *("<|tool_call|>", "<|/tool_call|>", "<|tool"),
         *("<tool", "[TOOL", "</", "{", "}", "[", "]", '"', "\\", ";", ",", ":", " ", "\n", "add"),
         '{"name": "add", "arguments": {"a": 1}}',
         '{"name": "add", "parameters": {"a": "}"}}',
@@ -89,8 +98,8 @@ def written(form: CallFormat, made: list[tuple[str, dict[str, Any]]], space: str
     bodies = [json.dumps({"name": name, key: given}) for name, given in made]
     if form is HERMES:
         return space.join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-    if form is MISTRAL:
-        return f"[TOOL_CALLS]{space}[{', '.join(bodies)}]"
+    if form in (MISTRAL, GRANITE):
+        return f"{form.opening}{space}[{', '.join(bodies)}]"
     if form is LLAMA3:
         return f"<|python_tag|>{space}" + ";".join(bodies)
     return f"[{f',{space}'.join(bodies)}]"
@@ -180,3 +189,23 @@ def steps(parser: CallParser, texts: list[str]) -> int:
 def test_no_character_is_looked_at_often(form: CallFormat, unit: str) -> None:
     text = unit * 2000
     assert steps(CallParser(form, NAMES), list(text)) <= 260 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        ("{{ '<tool_call>\\n{\"name\": ' }}", HERMES),
+        ("{{ '<|python_tag|>' + call.name }}", LLAMA3),
+        (
+            '{"name": function name, "parameters": dictionary of argument name and its value}',
+            LLAMA3,
+        ),
+        ('{{ "[TOOL_CALLS] [" }}', MISTRAL),
+        ("{{ '<|tool_call|>' }}", GRANITE),
+        ("{{ tools | tojson }}", PLAIN_JSON),
+        ("<tool_call>\n<function=name>", None),
+        ("{{ '<|channel|>commentary to=functions.' }}", None),
+    ],
+)
+def test_the_template_tells_the_format(template: str, form: CallFormat | None) -> None:
+    assert format_of(template) is form

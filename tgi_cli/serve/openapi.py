@@ -150,7 +150,9 @@ def _errors(route: Route) -> dict[str, Any]:
         statuses[503] = _GENERATION_STATUSES[503]
     if route.generates:
         statuses |= _GENERATION_STATUSES
-        statuses[500 if openai else 424] = "The engine gave up on this request"
+        statuses[500] = "The engine gave up on this request" if openai else "An internal error"
+        if not openai:
+            statuses[424] = "The engine gave up on this request"
     kind = OpenAIErrorReply if openai else ErrorResponse
     content = {_JSON: {"schema": {"$ref": _REF.format(name=kind.__name__)}}}
     return {

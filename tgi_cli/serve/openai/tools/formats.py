@@ -46,6 +46,8 @@ HERMES: Final = CallFormat(name="hermes", opening="<tool_call>", closing="</tool
 LLAMA3: Final = CallFormat(name="llama3", opening="<|python_tag|>", bare=True, separators=";,")
 #: `[TOOL_CALLS] [{"name": ..., "arguments": ...}]`, later `[TOOL_CALLS]name[ARGS]{...}`.
 MISTRAL: Final = CallFormat(name="mistral", opening="[TOOL_CALLS]", named=True, short_ids=True)
+#: `<|tool_call|>[{"name": ..., "arguments": ...}]`: Granite 3, and with a closing mark Phi 4 mini.
+GRANITE: Final = CallFormat(name="granite", opening="<|tool_call|>", closing="<|/tool_call|>")
 #: The answer is one object, an array of them, or several on end.
 PLAIN_JSON: Final = CallFormat(name="json", bare=True, separators=";,")
 
@@ -53,12 +55,16 @@ PLAIN_JSON: Final = CallFormat(name="json", bare=True, separators=";,")
 _SIGNS: Final = (
     ("[TOOL_CALLS]", MISTRAL),
     ("<|python_tag|>", LLAMA3),
+    ("<|tool_call|>", GRANITE),
     ("<tool_call>", HERMES),
     ("Environment: ipython", LLAMA3),
     ('"parameters": dictionary of argument name', LLAMA3),
 )
 #: Formats that are not JSON: calls in them would pass unseen.
-_UNKNOWN: Final = ("<function=", "<|tool▁calls▁begin|>", "<|channel|>", "```tool_code")
+_UNKNOWN: Final = (
+    *("<function=", "tool▁calls▁begin", "<|channel|>", "```tool_code"),
+    *("<start_function_call>", "<|python_start|>"),
+)
 
 
 def format_of(template: str) -> CallFormat | None:
