@@ -11,6 +11,7 @@ import torch
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.backend import OP_NAMES, Backend, merge, select
+from tgi_cli.kernels.cpu.library import load
 
 
 def test_reference_has_every_operation() -> None:
@@ -64,3 +65,14 @@ def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(UsageError, match="device `cuda` is not available") as raised:
         select("cuda")
     assert raised.value.hint
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None,
+    reason="no x86-64 machine with a C++ compiler",
+)
+def test_the_native_kernels_are_built() -> None:
+    """Where they can be: without this, every test of theirs would be skipped in silence."""
+    library = load()
+    assert library is not None
+    assert library.variants()

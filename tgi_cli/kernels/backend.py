@@ -100,6 +100,11 @@ class Backend:
         left with one. Why there is none for a decoder or size of KV blocks is logged.
         """
         if self.native is None:
+            if self.device.type == "cpu":
+                log.warning(
+                    "the native CPU kernels are missing, so plain torch runs, several times "
+                    "slower; install a C++ compiler and install tgi again"
+                )
             return None
         reason = reason_against(decoder, block_size)
         if reason is not None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import logging
 import weakref
 from pathlib import Path
 
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INT64, _INT32, _FLOAT = (
@@ -264,5 +267,6 @@ def load() -> Library | None:
         return None
     try:
         return Library(path)
-    except OSError:
+    except OSError as error:
+        log.error("the native kernels are built but cannot be loaded: %s", error)
         return None
