@@ -26,8 +26,9 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One operation: what is registered with aiohttp, and what the document says of it.
 
-    `bodies` are the structs its JSON body may be, in the order they are tried. `streams`: it can
-    answer with server-sent events. `generates`: it runs the model, and can fail as that can.
+    `bodies` are the structs its JSON body may be, in the order they are tried. `replies` are the
+    types its answer may have (none: not described), `events` those of its server-sent events.
+    `generates`: it runs the model, and can fail as that can.
     Its summary is the handler's own.
     """
 
@@ -36,8 +37,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     handler: Handler
     tag: str
     bodies: tuple[type[msgspec.Struct], ...] = ()
+    replies: tuple[Any, ...] = ()
+    events: tuple[Any, ...] = ()
     media: str = _JSON
-    streams: bool = False
     generates: bool = False
     open: bool = False
 
@@ -82,9 +84,9 @@ _GENERATION_STATUSES = {
 
 def build_document(routes: Sequence[Route]) -> dict[str, Any]:
     """Describe `routes` as an OpenAPI 3.1 object."""
-    structs = list(dict.fromkeys(body for route in routes for body in route.bodies))
-    errors: list[type[msgspec.Struct]] = [OpenAIErrorReply, ErrorResponse]
-    _, schemas = msgspec.json.schema_components([*structs, *errors], ref_template=_REF)
+    types = [t for route in routes for t in (*route.bodies, *route.replies, *route.events)]
+    types += [OpenAIErrorReply, ErrorResponse]
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
@@ -106,9 +108,11 @@ def build_document(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    content: dict[str, Any] = {route.media: {}}
-    if route.streams:
-        content[_EVENTS] = {}
+    content: dict[str, Any] = {}
+    if route.replies or not route.events:
+        content[route.media] = _any_of(route.replies)
+    if route.events:
+        content[_EVENTS] = _any_of(route.events)
     operation: dict[str, Any] = {
         "operationId": _operation_id(route),
         "summary": (route.handler.__doc__ or "").strip().partition("\n")[0],
@@ -122,12 +126,18 @@ def _operation(route: Route) -> dict[str, Any]:
             for name in names
         ]
     if route.bodies:
-        refs = [{"$ref": _REF.format(name=body.__name__)} for body in route.bodies]
-        schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
-        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
+        operation["requestBody"] = {"required": True, "content": {_JSON: _any_of(route.bodies)}}
     if not route.open:
         operation["security"] = [{}, {"api_key": []}]
     return operation
+
+
+def _any_of(types: tuple[Any, ...]) -> dict[str, Any]:
+    """A media type whose content is one of `types`."""
+    schemas, _ = msgspec.json.schema_components(types, ref_template=_REF)
+    if not schemas:
+        return {}
+    return {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}}
 
 
 def _operation_id(route: Route) -> str:

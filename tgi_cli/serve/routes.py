@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
+from tgi_cli.serve import reply_schemas as shapes
 from tgi_cli.serve.api_docs import docs, openapi
 from tgi_cli.serve.openai.chat import chat_completions
 from tgi_cli.serve.openai.completions import completions
@@ -22,12 +23,21 @@ from tgi_cli.serve.tgi.vertex import VertexRequest, vertex
 _OPENAI, _TGI, _SERVER = "OpenAI", "Text Generation Inference", "Server"
 
 
-def _get(path: str, handler: Handler, tag: str, media: str = "application/json") -> Route:
-    return Route(method="GET", path=path, handler=handler, tag=tag, media=media, open=True)
+def _get(
+    path: str, handler: Handler, tag: str, *replies: Any, media: str = "application/json"
+) -> Route:
+    return Route(
+        method="GET", path=path, handler=handler, tag=tag, replies=replies, media=media, open=True
+    )
 
 
 def _generates(
-    path: str, handler: Handler, tag: str, *bodies: type[msgspec.Struct], streams: bool = True
+    path: str,
+    handler: Handler,
+    tag: str,
+    *bodies: type[msgspec.Struct],
+    replies: tuple[Any, ...] = (),
+    events: tuple[Any, ...] = (),
 ) -> Route:
     return Route(
         method="POST",
@@ -35,38 +45,73 @@ def _generates(
         handler=handler,
         tag=tag,
         bodies=bodies,
-        streams=streams,
+        replies=replies,
+        events=events,
         generates=True,
     )
 
 
 def _reads(
-    path: str, handler: Handler, body: type[msgspec.Struct], *, needs_key: bool = True
+    path: str, handler: Handler, body: type[msgspec.Struct], reply: Any, *, needs_key: bool = True
 ) -> Route:
     return Route(
-        method="POST", path=path, handler=handler, tag=_TGI, bodies=(body,), open=not needs_key
+        method="POST",
+        path=path,
+        handler=handler,
+        tag=_TGI,
+        bodies=(body,),
+        replies=(reply,),
+        open=not needs_key,
     )
 
 
+_NATIVE, _NATIVE_EVENT = (list[shapes.GenerateResponse],), (shapes.StreamResponse,)
+_CHAT, _CHUNK = (shapes.ChatCompletion,), (shapes.ChatCompletionChunk,)
+_TEXT = (shapes.Completion,)
+
 ROUTES: Final = (
-    _generates("/v1/chat/completions", chat_completions, _OPENAI, ChatRequest),
-    _generates("/v1/completions", completions, _OPENAI, CompletionRequest),
-    _get("/v1/models", list_models, _OPENAI),
-    _get("/v1/models/{id:.+}", get_model, _OPENAI),
-    _generates("/", compat_generate, _TGI, GenerateRequest),
-    _generates("/generate", generate, _TGI, GenerateRequest, streams=False),
-    _generates("/generate_stream", generate_stream, _TGI, GenerateRequest),
-    _generates("/invocations", invocations, _TGI, GenerateRequest, ChatRequest, CompletionRequest),
-    _generates("/vertex", vertex, _TGI, VertexRequest, streams=False),
-    _reads("/tokenize", tokenize, GenerateRequest),
-    _reads("/chat_tokenize", chat_tokenize, ChatRequest, needs_key=False),
-    _reads("/detokenize", detokenize, DetokenizeRequest),
+    _generates(
+        "/v1/chat/completions",
+        chat_completions,
+        _OPENAI,
+        ChatRequest,
+        replies=_CHAT,
+        events=_CHUNK,
+    ),
+    _generates(
+        "/v1/completions", completions, _OPENAI, CompletionRequest, replies=_TEXT, events=_TEXT
+    ),
+    _get("/v1/models", list_models, _OPENAI, shapes.ModelsInfo),
+    _get("/v1/models/{id:.+}", get_model, _OPENAI, shapes.ModelInfo),
+    _generates("/", compat_generate, _TGI, GenerateRequest, replies=_NATIVE, events=_NATIVE_EVENT),
+    _generates("/generate", generate, _TGI, GenerateRequest, replies=(shapes.GenerateResponse,)),
+    _generates("/generate_stream", generate_stream, _TGI, GenerateRequest, events=_NATIVE_EVENT),
+    _generates(
+        "/invocations",
+        invocations,
+        _TGI,
+        GenerateRequest,
+        ChatRequest,
+        CompletionRequest,
+        replies=_NATIVE + _CHAT + _TEXT,
+        events=_NATIVE_EVENT + _CHUNK + _TEXT,
+    ),
+    _generates("/vertex", vertex, _TGI, VertexRequest, replies=(shapes.VertexResponse,)),
+    _reads("/tokenize", tokenize, GenerateRequest, list[shapes.SimpleToken]),
+    _reads(
+        "/chat_tokenize",
+        chat_tokenize,
+        ChatRequest,
+        shapes.ChatTokenizeResponse,
+        needs_key=False,
+    ),
+    _reads("/detokenize", detokenize, DetokenizeRequest, shapes.DetokenizeResponse),
     _get("/info", info, _TGI),
     _get("/", health, _SERVER),
     _get("/health", health, _SERVER),
     _get("/ping", health, _SERVER),
-    _get("/metrics", metrics, _SERVER, "text/plain"),
-    _get("/docs", docs, _SERVER, "text/html"),
+    _get("/metrics", metrics, _SERVER, media="text/plain"),
+    _get("/docs", docs, _SERVER, media="text/html"),
     _get("/openapi.json", openapi, _SERVER),
     _get("/api-doc/openapi.json", openapi, _SERVER),
 )

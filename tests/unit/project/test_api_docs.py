@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from tgi_cli.serve.openapi import build_document
+from tgi_cli.serve.openapi import ErrorResponse, OpenAIErrorReply
 from tgi_cli.serve.routes import ROUTES
 
 TEXT = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
 QUOTED = set(re.findall(r"`([^`\n]+)`", TEXT))
 NAMED = QUOTED | set(re.findall(r"\w+", " ".join(QUOTED)))
-SCHEMAS = build_document(ROUTES)["components"]["schemas"]
+BODIES = [body for route in ROUTES for body in route.bodies]
+SCHEMAS = msgspec.json.schema_components([*BODIES, OpenAIErrorReply, ErrorResponse])[1]
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
