@@ -19,6 +19,7 @@ from tgi_cli.detokenizer import Detokenizer
 from tgi_cli.engine.inline_client import InlineClient
 from tgi_cli.engine.messages import ModelFacts, Request, TokenLogprobs
 from tgi_cli.errors import EngineUnavailable, GenerationFailed, InvalidRequest
+from tgi_cli.grammar import Grammar
 from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,7 +30,8 @@ _Result = TypeVar("_Result")
 class Output:
     """One answer.
 
-    `finish_reason` is `length`, `eos`, or `stop` for a stop token or stop string. `logprobs` is
+    `finish_reason` is `length`, `eos`, or `stop` for a stop token, a stop string or the end of a
+    grammar. `logprobs` is
     parallel to `token_ids` if asked for; `prompt_logprobs` has one entry a prompt token, the first
     None. `text` ends before a stop string.
     """
@@ -128,6 +130,8 @@ class LLM:
         self,
         prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
         sampling: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
     ) -> list[Output]:
         """Answer prompts, in their order.
 
@@ -135,10 +139,11 @@ class LLM:
             prompts: one prompt or several, each a text or token ids.
             sampling: how to choose tokens, the same for all prompts; the seed too, so equal
                 prompts get equal answers. None samples 16 tokens with the defaults.
+            grammar: what every answer must be a text of; see `tgi_cli.Grammar`.
 
         Raises:
             InvalidRequest: a prompt is empty or a parameter is out of range; nothing is run.
-            GenerationFailed: a prompt could not be answered (too long, for one).
+            GenerationFailed: a prompt could not be answered (too long, or a bad grammar).
             EngineUnavailable: the engine died, or `close` was called.
         """
         if self._closed:
@@ -146,7 +151,7 @@ class LLM:
         sampling = sampling or SamplingParams()
         sampling.validate(self.facts.vocab_size)
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
-        return self._wait(self._answer_all(encoded, sampling))
+        return self._wait(self._answer_all(encoded, sampling, grammar))
 
     def close(self) -> None:
         """End the engine and free the model; harmless to repeat."""
@@ -172,20 +177,25 @@ class LLM:
             raise InvalidRequest("a prompt has no tokens", param="prompts")
         return ids
 
-    async def _answer_all(self, prompts: list[list[int]], sampling: SamplingParams) -> list[Output]:
+    async def _answer_all(
+        self, prompts: list[list[int]], sampling: SamplingParams, grammar: Grammar | None
+    ) -> list[Output]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer(ids, sampling)) for ids in prompts]
+                tasks = [group.create_task(self._answer(ids, sampling, grammar)) for ids in prompts]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _answer(self, prompt_ids: list[int], sampling: SamplingParams) -> Output:
+    async def _answer(
+        self, prompt_ids: list[int], sampling: SamplingParams, grammar: Grammar | None
+    ) -> Output:
         request = Request(
             id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=sampling,
             eos_token_ids=tuple(self.tokenizer.eos_token_ids),
+            grammar=grammar,
         )
         detokenizer = Detokenizer(self.tokenizer, prompt_ids, stop=sampling.stop)
         token_ids: list[int] = []

@@ -11,6 +11,7 @@ import pytest
 
 import tgi_cli
 from tgi_cli.errors import EngineUnavailable, GenerationFailed, InvalidRequest, ModelMissing
+from tgi_cli.grammar import Grammar
 from tgi_cli.llm import LLM
 from tgi_cli.sampling import SamplingParams
 
@@ -96,3 +97,13 @@ def test_the_package_loads_it_on_first_use() -> None:
         tgi_cli.Nothing  # noqa: B018
     code = "import sys, tgi_cli; sys.exit('torch' in sys.modules or 'msgspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_answers_can_be_held_to_a_grammar(llm: LLM) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=40)
+    outputs = llm.generate(["One", "Two"], sampling, grammar=Grammar.choice(["up", "down"]))
+    assert {output.text for output in outputs} <= {"up", "down"}
+    assert {output.finish_reason for output in outputs} <= {"stop", "eos"}
+    with pytest.raises(GenerationFailed, match=r"grammar is not valid: .*unclosed group"):
+        llm.generate("One", sampling, grammar=Grammar.regex("("))
+    assert llm.generate("One", SamplingParams(max_tokens=2))[0].token_ids
