@@ -20,6 +20,7 @@ def make_core(
     path: Path | str,
     *,
     dtype: str = "float32",
+    activation_dtype: str = "auto",
     max_model_len: int | None = 256,
     kv_cache_tokens: int | None = 2048,
     block_size: int = 4,
@@ -29,7 +30,11 @@ def make_core(
 ) -> EngineCore:
     config = EngineConfig(
         model=ModelConfig(
-            model_id=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len
+            model_id=str(path),
+            dtype=dtype,
+            activation_dtype=activation_dtype,
+            device="cpu",
+            max_model_len=max_model_len,
         ),
         cache=CacheConfig(
             block_size=block_size, kv_cache_tokens=kv_cache_tokens, prefix_caching=prefix_caching

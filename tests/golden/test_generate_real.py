@@ -86,16 +86,22 @@ def test_float32_equals_transformers(name: str) -> None:
     agreement.report(f"{name} float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_bfloat16_differs_from_float32_only_where_that_is_undecided(name: str) -> None:
     """Against float32 on the same bfloat16 weights.
 
     Two bfloat16 programs cannot be held to equal tokens: a logit of 20 has steps of 0.125, so the
-    two best are often equal in transformers itself. How often transformers' own bfloat16 differs
-    is printed beside; plain torch equals it, the native kernels' logits are about twice as far off.
+    two best are often equal in transformers itself, which may differ from float32 as often as we.
     """
     path = gguf_path(name)
-    core = make_core(path, dtype="bfloat16", kv_cache_tokens=8192, block_size=16)
+    core = make_core(
+        path,
+        dtype="bfloat16",
+        activation_dtype="bfloat16",
+        kv_cache_tokens=8192,
+        block_size=16,
+    )
     truth = reference_model(path, torch.float32, rounded_to=torch.bfloat16)
     rounded = reference_model(path, torch.bfloat16)
     agreement = Agreement(truth, max_gap=0.25)
@@ -108,7 +114,7 @@ def test_bfloat16_differs_from_float32_only_where_that_is_undecided(name: str) -
         theirs += expected != reference_tokens(rounded, request.prompt_ids, 4)
     agreement.report(f"{name} bfloat16 against float32")
     print(f"transformers' own bfloat16 differs in {theirs}")
-    assert agreement.explained <= theirs + 0.2 * len(requests)
+    assert agreement.explained <= theirs + 0.05 * len(requests)
 
 
 def greedy_requests(path: Path, *, num_prompts: int, count: int) -> list[Request]:
