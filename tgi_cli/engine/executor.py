@@ -15,7 +15,7 @@ import torch
 from tgi_cli import hub
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.kv_cache import KVCache
-from tgi_cli.engine.machine import usable_cores
+from tgi_cli.engine.machine import return_large_memory, usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan
 from tgi_cli.engine.messages import ModelFacts
 from tgi_cli.engine.precision import with_activations
@@ -74,6 +74,7 @@ class LocalExecutor:
             UsageError: the configuration contradicts itself or the model.
         """
         check_config(config)
+        return_large_memory()
         model = config.model
         path = hub.resolve(
             model.model_id,

@@ -16,7 +16,7 @@ from tgi_cli.engine.rows import TokenHistory
 from tgi_cli.engine.step import ScheduledRow
 
 #: Logits computed at once for prompt log probabilities, in elements.
-PROMPT_LOGITS = 2**23
+PROMPT_LOGITS = 2**22
 
 
 def token_logprobs(

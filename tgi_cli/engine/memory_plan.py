@@ -223,6 +223,11 @@ def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Memo
     )
 
 
+#: Held at once for each logit: itself and its processed form or log probability in float32, a
+#: comparison with another (1 byte), and that widened to be counted (8 bytes).
+_LOGIT_BYTES = 17
+
+
 class _Sizing:
     """Arithmetic over one decoder and one configuration."""
 
@@ -283,9 +288,8 @@ class _Sizing:
             layers = max(layers, qkv + mlp)
         # residual, its sum, the normalized row, and two float32 copies inside the norm
         rows = chunk * (spec.hidden_size * (3 * size + 8) + layers)
-        # raw and processed logits, and what a stage holds beside them
         drawn = min(self._max_seqs, chunk) * spec.vocab_size
-        logits = max(drawn, min(chunk * spec.vocab_size, PROMPT_LOGITS)) * 4 * 3
+        logits = max(drawn, min(chunk * spec.vocab_size, PROMPT_LOGITS)) * _LOGIT_BYTES
         return rows + max(logits, self._attention_scratch(tokens, chunk))
 
     def _attention_scratch(self, tokens: int, chunk: int) -> int:

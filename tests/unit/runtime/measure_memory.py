@@ -35,7 +35,8 @@ def main(path: str, dtype: str, num_seqs: int, max_len: int) -> None:
             [(i * 7919 + j * 31) % 400 + 3 for j in range(max_len - 8)],
             max_tokens=6,
             ignore_eos=True,
-            prompt_logprobs=1 if i == 0 else None,
+            # The plan reserves their logits beside a full cache, so they come last.
+            prompt_logprobs=1 if i == num_seqs - 1 else None,
         )
         for i in range(num_seqs)
     ]
