@@ -109,7 +109,18 @@ def ask(url: str, question: str, max_tokens: int) -> Iterator[str]:
 def launch(port: int) -> tuple[subprocess.Popen[str], str]:
     """Start `tgi launch` and return it with its URL."""
     server = subprocess.Popen(
-        [TGI, "launch", "--model-id", "demo", "--port", str(port)],
+        # Exact activations: so small a model in 4 bits is undecided in its first words, and the
+        # default, int8, is made for speed (docs/quantization.md).
+        [
+            TGI,
+            "launch",
+            "--model-id",
+            "demo",
+            "--port",
+            str(port),
+            "--activation-dtype",
+            "bfloat16",
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
