@@ -209,6 +209,12 @@ class EngineCore:
     def _check(self, request: Request) -> None:
         """What the front door has checked too: nothing unchecked reaches the model."""
         request.sampling.validate(self.facts.vocab_size)
+        for ids in (request.prompt_ids, request.output_ids):
+            if ids and not 0 <= min(ids) <= max(ids) < self.facts.vocab_size:
+                raise InvalidRequest(
+                    f"token ids must be from 0 to {self.facts.vocab_size - 1}. "
+                    f"Given: {min(ids)} to {max(ids)}"
+                )
 
     def _refuse(self, request: Request, message: str) -> None:
         self._outbox.append(Delta(id=request.id, finish="error", error=message))

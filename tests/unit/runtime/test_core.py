@@ -107,6 +107,8 @@ def test_a_request_runs_to_its_end() -> None:
         (make_request([1], request_id="bad", temperature=-1.0), "temperature"),
         (make_request([1], request_id="bad", stop_token_ids=(100,)), "stop_token_ids"),
         (make_request([1], [2, 3], request_id="bad", max_tokens=2), "max_tokens"),
+        (make_request([1, -1], request_id="bad"), "from 0 to 99"),
+        (make_request([1], [100], request_id="bad"), "from 0 to 99"),
         (make_request([1], request_id="poison"), "poisoned"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
