@@ -6,8 +6,9 @@ its mean distance from the truth must not exceed that of `transformers` in bfloa
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tgi_cli.kernels.backend import select
 from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.packed import PackedWeight, deinterleave, interleave
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against
+from tgi_cli.model.batch import Batch
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 
@@ -108,6 +110,48 @@ def test_strangers_change_no_bit(
             if seq == 3:
                 assert torch.equal(each, stranger[4 * i : 4 * i + 4])
     assert torch.equal(torch.cat(got), alone)
+
+
+class Chosen:
+    """A program that gives logits of `rows` alone, NaN for the others."""
+
+    def __init__(self, step: NativeStep, decoder: Decoder) -> None:
+        self.spec, self._step = decoder.spec, step
+        self.rows: list[int] = []
+
+    def forward(self, batch: Batch, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        rows = torch.tensor(self.rows, dtype=torch.int64)
+        asked = dataclasses.replace(batch, logit_rows=rows)
+        full = torch.full((len(batch.input_ids), self.spec.vocab_size), torch.nan)
+        full[rows] = self._step.logits(asked, caches, torch.empty(9, self.spec.vocab_size))
+        return full
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_few_rows_are_those_of_all_rows(
+    family: str, context: library.Context, tiny_checkpoint: Checkpoints
+) -> None:
+    """Rows that nobody wants are left out of the last layer, and no other bit changes."""
+    backend = select("cpu")
+    path = tiny_checkpoint(family, dtype=torch.bfloat16)
+    decoder = Decoder.build(open_checkpoint(str(path)), backend, torch.bfloat16)
+    step = NativeStep(context, decoder)
+    few, options = Chosen(step, decoder), {"num_seqs": 3, "block_size": 16, "max_len": 96}
+    asked = Paged(few, backend, torch.bfloat16, **options)  # type: ignore[arg-type]
+    every = Paged(Stepped(step, decoder), backend, torch.bfloat16, **options)  # type: ignore[arg-type]
+    for rows, wanted in (
+        ([(0, TOKENS[:40])], []),
+        ([(0, TOKENS[40:43]), (1, OTHERS[:7]), (2, OTHERS[:1])], [2, 7, 9, 10]),
+        ([(0, TOKENS[43:44]), (1, OTHERS[7:8])], [0, 1]),
+        ([(2, OTHERS[1:20]), (0, TOKENS[44:46])], [18, 19]),
+    ):
+        few.rows = wanted
+        got, expected = torch.cat(asked.step(rows)), torch.cat(every.step(rows))
+        assert torch.equal(got[wanted], expected[wanted])
+        assert bool(got.isnan().all(-1).sum() == len(got) - len(wanted))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (31, 64), (32, 16), (77, 130), (96, 48)])

@@ -49,6 +49,9 @@ class BatchBuilder:
         self._device = device
         self._tables = [np.zeros((max_rows, max_blocks), np.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_rows), np.int64)
+        self._places = np.arange(max_rows + 1)
+        self._ones = np.ones(max_rows, np.int64)
+        self._no_adapters = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def set_blocks(self, row: int, block_ids: Sequence[Sequence[int]]) -> None:
         """Start the row's block tables, one list per KV group."""
@@ -65,30 +68,45 @@ class BatchBuilder:
 
     def build(self, scheduled: Sequence[ScheduledRow]) -> BuiltStep:
         """Lay out these rows, in their order. Drafts must be in the history already."""
+        num_rows = len(scheduled)
         rows = np.array([row.row for row in scheduled], np.int64)
         starts = np.array([row.start for row in scheduled], np.int64)
-        counts = np.array([row.num_tokens for row in scheduled], np.int64)
-        ends = np.cumsum(counts)
-        num_tokens = int(ends[-1])
-        token_rows = np.repeat(rows, counts)
-        positions = np.arange(num_tokens) + np.repeat(starts - (ends - counts), counts)
+        lens = [row.num_tokens for row in scheduled]
+        num_tokens = sum(lens)
+        if num_tokens == num_rows:  # decodes alone, the common case: a row is a token
+            counts, ends = self._ones[:num_rows], self._places[1 : num_rows + 1]
+            token_rows, positions = rows, starts
+        else:
+            counts = np.array(lens, np.int64)
+            ends = np.cumsum(counts)
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(num_tokens) + np.repeat(starts - (ends - counts), counts)
         input_ids = self._history.tokens[token_rows, positions].astype(np.int64)
-        blocks, offsets = np.divmod(positions, self._block_size)
+        blocks = positions // self._block_size
+        offsets = positions - blocks * self._block_size
         key_lens = starts + counts
-        width = -(-int(key_lens.max()) // self._block_size)
+        longest = key_lens.tolist()
+        width = -(-max(longest) // self._block_size)
         groups = tuple(
-            GroupTables(
-                slot_mapping=self._tensor(
-                    table[token_rows, blocks].astype(np.int64) * self._block_size + offsets
-                ),
-                block_tables=self._tensor(table[rows, :width]),
-            )
-            for table in self._tables
+            [
+                GroupTables(
+                    slot_mapping=self._tensor(
+                        table[token_rows, blocks] * np.int64(self._block_size) + offsets
+                    ),
+                    block_tables=self._tensor(table[rows, :width]),
+                )
+                for table in self._tables
+            ]
         )
-        sampled = np.flatnonzero([row.sample for row in scheduled])
+        samples = [row.sample for row in scheduled]
         num_drafts = np.array([len(row.draft_ids) for row in scheduled if row.sample], np.int64)
-        logit_rows, logit_places = self._logit_rows(rows[sampled], ends[sampled], num_drafts)
-        query_start = np.zeros(len(rows) + 1, np.int32)
+        if all(samples):
+            sampled = self._places[:num_rows]
+            logit_rows, logit_places = self._logit_rows(rows, ends, num_drafts)
+        else:
+            sampled = np.flatnonzero(samples)
+            logit_rows, logit_places = self._logit_rows(rows[sampled], ends[sampled], num_drafts)
+        query_start = np.zeros(num_rows + 1, np.int32)
         query_start[1:] = ends
         batch = Batch(
             input_ids=self._tensor(input_ids),
@@ -97,9 +115,9 @@ class BatchBuilder:
             seq_lens=self._tensor(key_lens.astype(np.int32)),
             groups=groups,
             logit_rows=self._tensor(logit_places),
-            adapter_slots=torch.zeros(len(rows), dtype=torch.int32, device=self._device),
-            query_lens=tuple(counts.tolist()),
-            key_lens=tuple(key_lens.tolist()),
+            adapter_slots=self._no_adapters[:num_rows],
+            query_lens=tuple(lens),
+            key_lens=tuple(longest),
         )
         return BuiltStep(batch, logit_rows, sampled, num_drafts)
 
@@ -115,4 +133,5 @@ class BatchBuilder:
         return logit_rows, np.repeat(ends - 1 - num_drafts, num_drafts + 1) + before
 
     def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)

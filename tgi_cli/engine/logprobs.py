@@ -76,15 +76,25 @@ class PromptLogprobs:
     def __init__(self, history: TokenHistory, max_rows: int) -> None:
         self._history = history
         self._num_top = np.full(max_rows, -1, np.int64)  # -1: none wanted
+        self._asking: set[int] = set()  # rows
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any row wants some, and so hidden states of more than its last token."""
+        return bool(self._asking)
 
     def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
         """Note how many alternatives are wanted."""
         wanted = request.sampling.prompt_logprobs
-        self._num_top[row] = -1 if wanted is None else wanted
+        self.remove(row)
+        if wanted is not None:
+            self._num_top[row] = wanted
+            self._asking.add(row)
 
     def remove(self, row: int) -> None:
         """Nothing wanted."""
         self._num_top[row] = -1
+        self._asking.discard(row)
 
     def of_step(
         self,
@@ -103,7 +113,7 @@ class PromptLogprobs:
             By index in `scheduled`, one entry for each of the tokens at `start + 1 ..` that are
             part of the prompt; empty where nobody asks.
         """
-        if not (self._num_top >= 0).any():
+        if not self.wanted:
             return {}
         result = {}
         first = 0

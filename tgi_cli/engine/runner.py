@@ -41,6 +41,7 @@ class _InFlight:
     scheduled: list[ScheduledRow]  # those without an error, in order
     built: BuiltStep | None
     logits: Tensor | None  # [n, vocab_size] of the logit rows
+    buffer: Tensor | None  # what they lie in, if it is to be used again
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by index in `scheduled`
 
 
@@ -69,8 +70,9 @@ class ModelRunner:
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self._decoder = decoder
-        native = backend.plan(decoder, block_size)
+        self._native = native = backend.plan(decoder, block_size)
         self._forward = native or decoder.forward
+        self._logit_buffers: list[Tensor] = []  # of no step in flight
         #: Name of the kernels that run the decoder, and whether they keep promise one.
         self.kernels = native.name if native else f"torch-{backend.device.type}"
         self.deterministic = native is not None
@@ -102,17 +104,25 @@ class ModelRunner:
                 self._history.propose(row.row, row.draft_ids)
             scheduled.append(row)
         errors = {row.row: self._failed[row.row] for row in step.rows if row.row in self._failed}
-        built = logits = None
+        built = logits = buffer = None
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if scheduled:
             built = self._builder.build(scheduled)
-            if len(built.sampled):
+            count = len(built.logit_rows)
+            if count:
                 self._sampler.prepare(built.logit_rows)
-            hidden = self._forward(built.batch, self._kv_cache.layers)
-            if len(built.sampled):
-                logits = self._decoder.logits(hidden[built.batch.logit_rows])
-            prompt_logprobs = self._prompt_logprobs.of_step(scheduled, hidden, self._decoder.logits)
-        self._in_flight.append(_InFlight(step, errors, scheduled, built, logits, prompt_logprobs))
+            if self._native is not None and not self._prompt_logprobs.wanted:
+                buffer = self._logit_buffer(count)
+                logits = self._native.logits(built.batch, self._kv_cache.layers, buffer)
+            else:
+                hidden = self._forward(built.batch, self._kv_cache.layers)
+                logits = self._decoder.logits(hidden[built.batch.logit_rows]) if count else None
+                prompt_logprobs = self._prompt_logprobs.of_step(
+                    scheduled, hidden, self._decoder.logits
+                )
+        self._in_flight.append(
+            _InFlight(step, errors, scheduled, built, logits, buffer, prompt_logprobs)
+        )
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
@@ -122,10 +132,12 @@ class ModelRunner:
             row.row: RowOutput(row=row.row, prompt_logprobs=flight.prompt_logprobs.get(i))
             for i, row in enumerate(flight.scheduled)
         }
-        if flight.logits is not None and flight.built is not None:
+        if flight.logits is not None and flight.built is not None and len(flight.logits):
             sampled = self._sampler.sample(flight.logits, flight.built.logit_rows)
             for output in self._drawn(flight, flight.built, sampled):
                 outputs[output.row] = output
+        if flight.buffer is not None:
+            self._logit_buffers.append(flight.buffer)
         for row, error in flight.errors.items():
             outputs[row] = RowOutput(row=row, error=error)
         return StepOutput(
@@ -159,6 +171,13 @@ class ModelRunner:
             self.collect()
         for row in range(num_rows):
             self._remove(row)
+
+    def _logit_buffer(self, count: int) -> Tensor:
+        """Memory for so many rows of logits: fresh pages in every step would cost a pass each."""
+        buffer = self._logit_buffers.pop() if self._logit_buffers else None
+        if buffer is None or len(buffer) < count:
+            buffer = torch.empty(count, self._decoder.spec.vocab_size)
+        return buffer
 
     def _add(self, new: NewRow) -> None:
         request = new.request

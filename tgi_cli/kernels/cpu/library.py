@@ -168,6 +168,7 @@ class Program(ctypes.Structure):
         ("final_norm", _POINTER),
         *((name, _INT64) for name in ("num_layers", "hidden")),
         *((name, _FLOAT) for name in ("embedding_scale", "final_eps")),
+        ("head", Matrix),
     )
 
 
@@ -192,6 +193,8 @@ class StepInput(ctypes.Structure):
             )
         ),
         *((name, _INT64) for name in ("tokens", "seqs")),
+        *((name, _POINTER) for name in ("logit_rows", "logits")),
+        ("num_logits", _INT64),
     )
 
 

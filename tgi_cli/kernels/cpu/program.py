@@ -90,32 +90,59 @@ class NativeStep:
             max((a.num_heads + 2 * a.num_kv_heads) * a.head_dim for a in attention),
         )
         self._intermediate = max(part.feed.intermediate_size for part in spec.layers)
+        groups = len(spec.kv_groups)
+        self._step = StepInput(
+            slots=(ctypes.c_void_p * groups)(),
+            block_tables=(ctypes.c_void_p * groups)(),
+            table_strides=(ctypes.c_int64 * groups)(),
+        )
         self._workspace = 0
         self._grow(64)
 
     def __call__(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run `batch`: [num_tokens, hidden_size] bfloat16; the caches are written."""
+        step = self._input(batch, kv_caches)
+        hidden = torch.empty((step.tokens, self._spec.hidden_size), dtype=torch.bfloat16)
+        step.hidden, step.logit_rows = pointer(hidden), None
+        self._context.step(self._program, step)
+        return hidden
+
+    def logits(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
+        """Run `batch` for the logits of its `logit_rows` alone: [n, vocab_size] float32.
+
+        What no logits depend on is left out: after the last layer's keys and values are stored,
+        only those rows go on.
+
+        Args:
+            batch: see `model.batch.Batch`.
+            kv_caches: written.
+            out: [at least n, vocab_size] float32, contiguous; the result is its first rows.
+        """
+        step = self._input(batch, kv_caches)
+        count = len(batch.logit_rows)
+        step.hidden, step.logit_rows = pointer(self._buffers["narrow"]), pointer(batch.logit_rows)
+        step.logits, step.num_logits = pointer(out), count
+        if not step.logit_rows:  # torch gives an empty tensor no address
+            step.logit_rows = pointer(batch.input_ids)
+        self._context.step(self._program, step)
+        logits = out[:count]
+        cap = self._spec.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _input(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> StepInput:
+        """The one input struct, pointing to this batch; workspace is there already."""
         tokens = len(batch.input_ids)
         self._grow(tokens)
         self._point_at(kv_caches)
-        hidden = torch.empty((tokens, self._spec.hidden_size), dtype=torch.bfloat16)
-        groups = batch.groups
-        pointers, strides = ctypes.c_void_p * len(groups), ctypes.c_int64 * len(groups)
-        step = StepInput(
-            ids=pointer(batch.input_ids),
-            positions=pointer(batch.positions),
-            seq_lens=pointer(batch.seq_lens),
-            query_start=pointer(batch.query_start),
-            slots=pointers(*(pointer(group.slot_mapping) for group in groups)),
-            block_tables=pointers(*(pointer(group.block_tables) for group in groups)),
-            table_strides=strides(*(group.block_tables.stride(0) for group in groups)),
-            hidden=pointer(hidden),
-            tokens=tokens,
-            seqs=len(batch.seq_lens),
-            **{name: pointer(tensor) for name, tensor in self._buffers.items()},
-        )
-        self._context.step(self._program, step)
-        return hidden
+        step = self._step
+        step.ids, step.positions = pointer(batch.input_ids), pointer(batch.positions)
+        step.seq_lens, step.query_start = pointer(batch.seq_lens), pointer(batch.query_start)
+        for index, group in enumerate(batch.groups):
+            step.slots[index] = pointer(group.slot_mapping)
+            step.block_tables[index] = pointer(group.block_tables)
+            step.table_strides[index] = group.block_tables.shape[1]
+        step.tokens, step.seqs = tokens, len(batch.seq_lens)
+        return step
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
@@ -192,6 +219,7 @@ class NativeStep:
             hidden=spec.hidden_size,
             embedding_scale=1.0 if embedding.scale is None else embedding.scale,
             final_eps=decoder.norm.eps,
+            head=packed_head.matrix,
         )
 
     def _grow(self, tokens: int) -> None:
@@ -208,6 +236,8 @@ class NativeStep:
             "attended": torch.empty((size, self._query_width), dtype=bf16),
             "activated": torch.empty((size, self._intermediate), dtype=bf16),
         }
+        for name, buffer in self._buffers.items():
+            setattr(self._step, name, pointer(buffer))
 
     def _point_at(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         addresses = tuple(tensor.data_ptr() for pair in kv_caches for tensor in pair)

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include <cstring>
+
 namespace tgi {
 namespace {
 
@@ -8,14 +10,15 @@ struct Runner {
   const Kernels& kernels;
   const Program& program;
   const StepInput& step;
+  int64_t rows;  // of the residual stream: all tokens, in the end those whose logits are wanted
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
-    kernels.rms_norm(pool, {x, weight, out, step.tokens, program.hidden, program.hidden, eps, out_float});
+    kernels.rms_norm(pool, {x, weight, out, rows, program.hidden, program.hidden, eps, out_float});
   }
 
   void gemm(const uint16_t* x, const Matrix& w, const float* bias, void* out, int64_t ldo,
             Epilogue epilogue) const {
-    kernels.gemm(pool, {x, w, bias, out, step.tokens, w.k, ldo, static_cast<int32_t>(epilogue)});
+    kernels.gemm(pool, {x, w, bias, out, rows, w.k, ldo, static_cast<int32_t>(epilogue)});
   }
 
   // The residual stream takes what a part gives, directly or through a norm of its own.
@@ -29,21 +32,37 @@ struct Runner {
     gemm(x, w, bias, step.wide, hidden, Epilogue::kStoreFloat);
     norm(step.wide, after, eps, step.wide, true);
     constexpr int64_t kRows = 16;
-    pool.parallel((step.tokens + kRows - 1) / kRows, [&](int64_t item, int) {
-      const int64_t end = ((item + 1) * kRows < step.tokens ? (item + 1) * kRows : step.tokens) * hidden;
+    pool.parallel((rows + kRows - 1) / kRows, [&](int64_t item, int) {
+      const int64_t end = ((item + 1) * kRows < rows ? (item + 1) * kRows : rows) * hidden;
       for (int64_t i = item * kRows * hidden; i < end; ++i) step.residual[i] += step.wide[i];
     });
   }
 
-  void layer(const LayerProgram& l) const {
+  // Keep the rows whose logits are wanted: they ascend, so none is overwritten before it is moved.
+  void keep_logit_rows(int64_t width) {
+    for (int64_t i = 0; i < step.num_logits; ++i) {
+      const int64_t row = step.logit_rows[i];
+      if (row == i) continue;
+      const size_t bytes = static_cast<size_t>(program.hidden) * sizeof(float);
+      std::memcpy(step.residual + i * program.hidden, step.residual + row * program.hidden, bytes);
+      std::memcpy(step.attended + i * width, step.attended + row * width,
+                  static_cast<size_t>(width) * sizeof(uint16_t));
+    }
+    rows = step.num_logits;
+  }
+
+  void layer(const LayerProgram& l, bool last) {
     norm(step.residual, l.attention_norm, l.eps, step.narrow, false);
     gemm(step.narrow, l.qkv, l.qkv_bias, step.wide, l.qkv.n, Epilogue::kStoreFloat);
     kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
                               step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
                               l.head_dim, l.rotary_dim, l.qk_eps});
+    // After the last layer's keys and values, only rows whose logits are wanted need the rest.
+    if (last && step.logit_rows != nullptr && step.num_logits == 0) return;
     kernels.attention(pool, {step.queries, l.k_cache, l.v_cache, step.block_tables[l.group], step.seq_lens,
                              step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
                              l.kv_heads, l.head_dim, l.window, l.scale, 0.0f});
+    if (last && step.logit_rows != nullptr) keep_logit_rows(l.heads * l.head_dim);
     into_residual(step.attended, l.output, l.output_bias, l.after_attention_norm, l.eps);
     norm(step.residual, l.feed_norm, l.eps, step.narrow, false);
     gemm(step.narrow, l.gate_up, l.gate_up_bias, step.activated, l.intermediate,
@@ -55,10 +74,13 @@ struct Runner {
 }  // namespace
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
-  const Runner runner{pool, kernels, program, step};
+  Runner runner{pool, kernels, program, step, step.tokens};
   kernels.embed(pool, {program.table, step.ids, step.residual, step.tokens, program.embedding_scale});
-  for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i]);
+  for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i], i + 1 == program.num_layers);
+  if (step.logit_rows != nullptr && step.num_logits == 0) return;
   runner.norm(step.residual, program.final_norm, program.final_eps, step.hidden, false);
+  if (step.logit_rows != nullptr)
+    runner.gemm(step.hidden, program.head, nullptr, step.logits, program.head.n, Epilogue::kStoreFloat);
 }
 
 }  // namespace tgi

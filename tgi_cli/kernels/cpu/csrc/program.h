@@ -1,4 +1,4 @@
-// A whole step of a dense decoder in one call: embedding, layers, final norm.
+// A whole step of a dense decoder in one call: embedding, layers, final norm, and logits where asked.
 //
 // The structs mirror kernels/cpu/program.py field by field; all pointers belong to the caller.
 #pragma once
@@ -38,6 +38,7 @@ struct Program {
   const float* final_norm;
   int64_t num_layers, hidden;
   float embedding_scale, final_eps;
+  Matrix head;                       // [vocab, hidden]
 };
 
 struct StepInput {
@@ -54,8 +55,11 @@ struct StepInput {
   uint16_t* queries;                 // workspace [tokens, max heads * head_dim]
   uint16_t* attended;                // workspace like queries
   uint16_t* activated;               // workspace [tokens, max intermediate]
-  uint16_t* hidden;                  // out [tokens, hidden]
+  uint16_t* hidden;                  // out [tokens, hidden], or [num_logits, hidden] with `logit_rows`
   int64_t tokens, seqs;
+  const int64_t* logit_rows;         // [num_logits], ascending token rows; null: `hidden` of all rows
+  float* logits;                     // out [num_logits, vocab] with `logit_rows`
+  int64_t num_logits;
 };
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step);
