@@ -89,6 +89,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     validation_workers: int = 2
     payload_limit: int = 2_000_000  # bytes
     disable_grammar_support: bool = False
+    strict_fields: bool = False
     cors_allow_origin: tuple[str, ...] = ()
     tokenizer_config_path: str | None = None
     chat_template: str | None = None

@@ -113,7 +113,11 @@ def test_every_working_setting_arrives_in_its_fields(setting: Any, tmp_path: Pat
     if setting.name in ("chat_template", "tokenizer_config_path"):
         text = str(tmp_path / "file")
         Path(text).touch()
-    if setting.name in ("json_output", "disable_grammar_support"):  # off unless told
+    if setting.name in (
+        "json_output",
+        "disable_grammar_support",
+        "strict_fields",
+    ):  # off unless told
         text = "true"
     config = configure({setting.flag: text})
     for field in setting.fields:

@@ -285,6 +285,12 @@ WORKING = (
             "Refuse structured output, and forced tool calls with it.",
             kind="switch",
         ),
+        _own(
+            "strict_fields",
+            "server.strict_fields",
+            "Refuse requests with fields that would have no effect.",
+            kind="switch",
+        ),
         _tgi(
             "graceful_termination_timeout",
             "server.graceful_termination_timeout",

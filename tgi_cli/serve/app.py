@@ -16,7 +16,7 @@ from tgi_cli.serve.api_docs import set_up_docs
 from tgi_cli.serve.auth import api_key
 from tgi_cli.serve.cors import cors
 from tgi_cli.serve.error_pages import PAYLOAD_LIMIT, error_pages
-from tgi_cli.serve.exchange import name_ignored_fields
+from tgi_cli.serve.exchange import STRICT_FIELDS, name_ignored_fields
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE, SERVED, Pulse, Served
 from tgi_cli.serve.prometheus import Metrics
@@ -38,6 +38,7 @@ def build_app(
     pulse = Pulse()
     metric.step_age = lambda: pulse.step_age
     app[PAYLOAD_LIMIT] = config.payload_limit
+    app[STRICT_FIELDS] = config.strict_fields
     app[METRICS] = metric
     app[PULSE] = pulse
     app[DOOR] = FrontDoor(client, config, metric)

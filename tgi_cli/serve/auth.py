@@ -57,6 +57,8 @@ def api_key(key: str | None) -> Middleware:
         request[TENANT] = "default"
         if not is_open(request):
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            if not scheme and "x-api-key" in request.headers:  # Anthropic's header
+                scheme, given = "bearer", request.headers["x-api-key"]
             if scheme.lower() != "bearer" or not given:
                 raise Unauthorized(
                     "no API key given", hint="send the header `Authorization: Bearer <key>`"

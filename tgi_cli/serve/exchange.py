@@ -6,7 +6,9 @@ and what the client sent beyond it is remembered for the `x-tgi-ignored-fields` 
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,11 +16,15 @@ import orjson
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest
+from tgi_cli.serve.keys import METRICS
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 IGNORED = web.RequestKey("ignored", list[str])
 TENANT = web.RequestKey("tenant", str)
+STRICT_FIELDS = web.AppKey("strict_fields", bool)
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<at>.*))?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]+)`$")
@@ -39,8 +45,30 @@ async def read_struct(request: web.Request, kind: type[T]) -> T:
     raw = await read_json(request)
     parsed = to_struct(raw, kind)
     if isinstance(raw, dict):
-        request[IGNORED] = ignored_fields(without_nulls(raw), parsed)
+        ignore_fields(request, ignored_fields(without_nulls(raw), parsed))
     return parsed
+
+
+def ignore_fields(request: web.Request, names: Iterable[str]) -> None:
+    """Take note of fields that have no effect: for the header, `/metrics` and the log.
+
+    Raises `InvalidRequest` instead where `--strict-fields` says so.
+    """
+    ignored = list(dict.fromkeys(names))
+    if not ignored:
+        return
+    if request.app[STRICT_FIELDS]:
+        listed = ", ".join(f"`{name}`" for name in ignored[:8])
+        raise InvalidRequest(
+            f"{listed} would have no effect here",
+            hint="leave it out; this server was started with --strict-fields",
+            param=ignored[0],
+        )
+    request.setdefault(IGNORED, []).extend(ignored)
+    metrics = request.app[METRICS]
+    for name in ignored:
+        if metrics.ignored_field(name):
+            log.warning("%s: `%s` is not a field with an effect here", request.path, name)
 
 
 async def read_json(request: web.Request) -> Any:
@@ -101,7 +129,7 @@ def field_error(text: str) -> InvalidRequest:
 def ignored_fields(raw: dict[str, Any], parsed: msgspec.Struct, prefix: str = "") -> list[str]:
     """Name the keys of `raw` that the struct does not have, nested structs included."""
     known = parsed.__struct_fields__
-    ignored = [prefix + key for key in raw if key not in known]
+    ignored = [prefix + key for key, value in raw.items() if key not in known and value is not None]
     for name in known:
         below, value = raw.get(name), getattr(parsed, name)
         if isinstance(value, msgspec.Struct) and isinstance(below, dict):

@@ -29,6 +29,9 @@ from tgi_cli.serve.limits import Limits
 #: TGI's: 35 geometric buckets from 0.15 ms, ratio 1.5.
 DURATION_BUCKETS = tuple(0.00015 * 1.5**i for i in range(35))
 
+#: Names of ignored fields that are counted apart; the rest are counted as `other`.
+MAX_IGNORED_LABELS = 100
+
 
 def failure_kind(error: BaseException) -> str:
     """TGI's `err` label for a failed request."""
@@ -51,6 +54,7 @@ class Metrics:
         self._labels = {"worker": str(worker)} if num_workers > 1 else {}
         self._registry = CollectorRegistry()
         self._failures: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
         self._count = 0
         self._success = 0
         self.in_flight = 0
@@ -106,6 +110,16 @@ class Metrics:
         """Count one generation request that was not."""
         self._failures[failure_kind(error)] += 1
 
+    def ignored_field(self, name: str) -> bool:
+        """Count a request field that had no effect; tell whether it is seen for the first time.
+
+        Clients choose the names, so only so many get a label of their own.
+        """
+        known = name in self._ignored
+        room = len(self._ignored) < MAX_IGNORED_LABELS
+        self._ignored[name if known or room else "other"] += 1
+        return not known and room
+
     def validated(self, seconds: float) -> None:
         """Record how long checks, template and tokenizer took."""
         self._validation.observe(seconds)
@@ -148,6 +162,12 @@ class Metrics:
         for kind, count in sorted(self._failures.items()):
             failures.add_metric([kind], count)
         yield failures
+        ignored = CounterMetricFamily(
+            "tgi_ignored_fields", "Request fields that had no effect", labels=["field"]
+        )
+        for name, count in sorted(self._ignored.items()):
+            ignored.add_metric([name], count)
+        yield ignored
         gauges = (
             ("tgi_queue_size", "Sequences waiting in the engine", stats.num_waiting),
             ("tgi_running_sequences", "Sequences running in the engine", stats.num_running),

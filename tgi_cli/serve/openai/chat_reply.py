@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from tgi_cli.serve.answer import Answer, TextEvent, merge
-from tgi_cli.serve.frontdoor import FrontDoor, Prompt
+from tgi_cli.serve.answer import TextEvent, merge
+from tgi_cli.serve.frontdoor import FrontDoor
+from tgi_cli.serve.openai.conversation import Conversation
 from tgi_cli.serve.openai.message import MessageReader
-from tgi_cli.serve.openai.reasoning import CLOSE, ReasoningSplit, begins_inside
 from tgi_cli.serve.openai.replies import (
     Envelope,
     chat_logprobs,
@@ -19,40 +19,28 @@ from tgi_cli.serve.openai.replies import (
     usage_so_far,
 )
 from tgi_cli.serve.openai.schema import ChatRequest, StreamOptions
-from tgi_cli.serve.openai.tools.declared import ToolUse
 from tgi_cli.serve.sse import DONE
 
 
 class ChatReply:
     """The `n` answers of one request, each read by a `MessageReader` of its own."""
 
-    def __init__(
-        self,
-        door: FrontDoor,
-        body: ChatRequest,
-        prompt: Prompt,
-        answers: list[Answer],
-        use: ToolUse,
-        model: str,
-    ) -> None:
+    def __init__(self, door: FrontDoor, body: ChatRequest, chat: Conversation, model: str) -> None:
         self._tokenizer = door.texts.tokenizer
         self._facts = door.facts
         self._body = body
-        self._prompt = prompt
-        self._answers = answers
-        self._use = use
+        self._chat = chat
+        self._prompt = chat.prompt
+        self._answers = chat.answers
         self._model = model
         self._top = (body.top_logprobs or 0) if body.logprobs else None
-        # An answer that must be a text of a grammar has no room for reasoning before it.
-        free = all(answer.request.grammar is None for answer in answers)
-        self._reasons = free and door.texts.template.mentions(CLOSE)
 
     def whole(self) -> dict[str, Any]:
         """The reply once every answer is complete."""
         envelope = Envelope("chatcmpl", "chat.completion", self._model, self._facts)
         choices = []
         for index, answer in enumerate(self._answers):
-            reader = self._reader()
+            reader = self._chat.reader()
             choice = {
                 "index": index,
                 "message": reader.whole(answer.text),
@@ -100,7 +88,7 @@ class ChatReply:
                             len(self._prompt.ids), counts[index], [self._answers[index]]
                         )
                     if index not in readers:
-                        readers[index] = self._reader()
+                        readers[index] = self._chat.reader()
                         if show_ids:
                             extra["prompt_token_ids"] = self._prompt.ids
                         frame += event(index, {"role": "assistant", "content": ""}, None)
@@ -136,14 +124,6 @@ class ChatReply:
         if not deltas and reports:
             deltas = [{"content": ""}]
         return deltas
-
-    def _reader(self) -> MessageReader:
-        return MessageReader(
-            ReasoningSplit(inside=begins_inside(self._prompt.text)) if self._reasons else None,
-            self._use.parser(),
-            parallel=self._use.parallel,
-            show_reasoning=self._body.include_reasoning,
-        )
 
     @staticmethod
     def _finish(reader: MessageReader, finish: str | None) -> str | None:

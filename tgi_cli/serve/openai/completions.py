@@ -11,7 +11,6 @@ from aiohttp import web
 from tgi_cli.errors import InvalidRequest, TgiError
 from tgi_cli.grammar import Grammar
 from tgi_cli.serve.answer import Answer, TextEvent, complete_all, merge
-from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.grammars import asked_grammar
@@ -33,6 +32,7 @@ from tgi_cli.serve.openai.schema import (
     sampling_params,
 )
 from tgi_cli.serve.sse import DONE, send_frames
+from tgi_cli.serve.surfaces import OPENAI
 from tgi_cli.serve.timing import Timing
 
 
@@ -67,7 +67,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
         def broken(error: TgiError) -> bytes:
             visit.error = error
-            return error_event(error, openai=True)
+            return OPENAI.event(error)
 
         return await send_frames(
             request,

@@ -12,12 +12,12 @@ from aiohttp import web
 from tgi_cli.engine.messages import TokenLogprobs
 from tgi_cli.errors import TgiError
 from tgi_cli.serve.answer import Answer, complete_all
-from tgi_cli.serve.error_pages import error_event
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.grammars import AskedGrammar, tagged_grammar
 from tgi_cli.serve.keys import DOOR
 from tgi_cli.serve.sse import send_frames
+from tgi_cli.serve.surfaces import TGI
 from tgi_cli.serve.tgi.schema import (
     GenerateRequest,
     Parameters,
@@ -74,7 +74,7 @@ async def _respond(
 
         def broken(error: TgiError) -> bytes:
             visit.error = error
-            return error_event(error, openai=False)
+            return TGI.event(error)
 
         return await send_frames(
             request,

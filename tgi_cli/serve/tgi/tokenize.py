@@ -11,7 +11,7 @@ from tgi_cli.errors import InvalidRequest
 from tgi_cli.serve.exchange import json_response, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, SERVED
-from tgi_cli.serve.openai.chat import chat_tools, render_chat
+from tgi_cli.serve.openai.conversation import chat_tools, render_chat
 from tgi_cli.serve.openai.schema import ChatRequest, check_model, refuse_unsupported
 from tgi_cli.serve.tgi.schema import GenerateRequest
 

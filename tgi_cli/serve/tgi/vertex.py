@@ -14,8 +14,8 @@ from aiohttp import web
 from tgi_cli.errors import InvalidRequest
 from tgi_cli.serve.answer import Answer, complete_all
 from tgi_cli.serve.exchange import (
-    IGNORED,
     TENANT,
+    ignore_fields,
     ignored_fields,
     json_response,
     read_struct,
@@ -24,8 +24,8 @@ from tgi_cli.serve.exchange import (
 )
 from tgi_cli.serve.frontdoor import FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED, Served
-from tgi_cli.serve.openai.chat import chat_answers, chat_tools, render_chat
-from tgi_cli.serve.openai.schema import ChatRequest, check_model, num_choices, refuse_unsupported
+from tgi_cli.serve.openai.conversation import Conversation
+from tgi_cli.serve.openai.schema import ChatRequest, check_model, num_choices
 from tgi_cli.serve.tgi.generate import native_answers
 from tgi_cli.serve.tgi.schema import GenerateRequest
 from tgi_cli.serve.timing import Timing
@@ -45,10 +45,13 @@ async def vertex(request: web.Request) -> web.Response:
     if not body.instances:
         raise InvalidRequest("`instances` must hold at least one instance", param="instances")
     instances = [_instance(raw, f"instances[{i}]") for i, raw in enumerate(body.instances)]
-    request[IGNORED] += dict.fromkeys(
-        name
-        for raw, instance in zip(body.instances, instances, strict=True)
-        for name in ignored_fields(without_nulls(raw), instance, "instances[].")
+    ignore_fields(
+        request,
+        (
+            name
+            for raw, instance in zip(body.instances, instances, strict=True)
+            for name in ignored_fields(without_nulls(raw), instance, "instances[].")
+        ),
     )
     with door.admit(sum(_count(instance) for instance in instances)):
         prompts: list[Prompt] = []
@@ -96,7 +99,5 @@ async def _answers(
     if isinstance(instance, GenerateRequest):
         return await native_answers(door, instance, tenant, stream=False)
     check_model(instance.model, served.name, served.model_id)
-    refuse_unsupported(instance)
-    use = chat_tools(door, instance)
-    prompt = await render_chat(door, instance, use)
-    return prompt, await chat_answers(door, instance, prompt, 1, tenant, use)
+    chat = await Conversation.begin(door, instance, count=1, tenant=tenant)
+    return chat.prompt, chat.answers
