@@ -79,6 +79,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     http_workers: int = 1
     served_model_name: str | None = None
     api_key: str | None = None
+    api_key_file: str | None = None
+    uds: str | None = None  # a Unix socket's path, instead of host and port
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
     max_concurrent_requests: int = 128
     max_best_of: int = 2
     max_stop_sequences: int = 4

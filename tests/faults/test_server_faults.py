@@ -96,6 +96,13 @@ async def test_engine_killed_in_mid_stream(lasting: LiveServer) -> None:
     status, body = lasting.get("/health")
     assert status == 503
     assert "restarting" in body["error"] or "SIGKILL" in body["error"]
+
+    def says_why_it_loads() -> bool:
+        state = lasting.get("/health")[1]["error"]
+        assert "SIGKILL" in state, state
+        return "load" in state
+
+    wait_until(says_why_it_loads)
     lasting.wait_ready()
     assert lasting.post("/v1/completions", SHORT)[0] == 200
     assert lasting.metrics()["tgi_engine_restarts_total"] == 1

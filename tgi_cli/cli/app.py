@@ -30,6 +30,7 @@ COMMANDS = {
     "launch": "Serve a model over HTTP: the OpenAI API and TGI's own.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure a running server, or a model served for the occasion.",
+    "key": "Make an API key and its entry for --api-key-file.",
     "env": "Show versions, hardware and kernels in use, for bug reports.",
 }
 _MARKUP: Literal["rich"] = "rich"

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -88,15 +89,23 @@ class _Talk:
         self.warn: Callable[[str], None] = logger.warning if server.json_logs else printer.warn
         self._say: Callable[[str], None] = logger.info if server.json_logs else printer.say
 
-    def listening(self, host: str, port: int) -> None:
+    def listening(self, listener: socket.socket) -> None:
         """Say where the port is open, and to whom."""
-        url = server_url(host, port)
+        if listener.family == socket.AF_UNIX:
+            self._say(f"listening on the Unix socket {listener.getsockname()}")
+            self._print(f"unix:{listener.getsockname()}")
+            return
+        host, port = listener.getsockname()[:2]
+        url = server_url(host, port, tls=self._server.ssl_certfile is not None)
         if host.startswith(_LOOPBACK):
             self._say(f"listening on {url}, for this machine only (--hostname 0.0.0.0 for others)")
         else:
             self._say(f"listening on {host} port {port}, for every machine that reaches it")
-            if self._server.api_key is None:
+            if self._server.api_key is None and self._server.api_key_file is None:
                 self.warn("no --api-key is set: whoever reaches the port may use the server")
+        self._print(url)
+
+    def _print(self, url: str) -> None:
         if self._server.port == 0:
             self._printer.data(url)
             sys.stdout.flush()
@@ -117,10 +126,11 @@ class _Talk:
         )
 
 
-def server_url(host: str, port: int) -> str:
+def server_url(host: str, port: int, *, tls: bool = False) -> str:
     """The URL under which this machine reaches a server listening on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _stop_with_stdin() -> None:

@@ -125,7 +125,14 @@ def _check_limits(config: LaunchConfig, sources: dict[str, str]) -> None:
 
 
 def _check_files(server: ServerConfig, sources: dict[str, str]) -> None:
-    for name in ("tokenizer_config_path", "chat_template"):
+    for name in (
+        "tokenizer_config_path",
+        "chat_template",
+        "api_key_file",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_ca_certs",
+    ):
         path = getattr(server, name)
         template_itself = name == "chat_template" and path is not None and "{" in path
         if path is not None and not template_itself and not Path(path).is_file():

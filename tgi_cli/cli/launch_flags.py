@@ -263,10 +263,24 @@ WORKING = (
             "The model's name in requests and answers.",
         ),
         _tgi("api_key", "server.api_key", "Key clients must send; better set TGI_API_KEY."),
+        _own(
+            "api_key_file",
+            "server.api_key_file",
+            "TOML file of hashed keys with limits for each; `tgi key` makes entries.",
+        ),
+        _own("uds", "server.uds", "Unix socket to listen on, instead of an address and a port."),
+        _own("ssl_certfile", "server.ssl_certfile", "PEM certificate: the server speaks TLS."),
+        _own("ssl_keyfile", "server.ssl_keyfile", "PEM key of --ssl-certfile, if not in it."),
+        _own(
+            "ssl_ca_certs",
+            "server.ssl_ca_certs",
+            "PEM authorities: clients must show a certificate of one of them.",
+        ),
         _tgi(
             "cors_allow_origin",
             "server.cors_allow_origin",
             "Origin whose pages may call the server; repeatable, all if unset.",
+            aliases=("--allowed-origins",),
             kind="list",
         ),
         _own(

@@ -156,10 +156,14 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Starting(msgspec.Struct, frozen=True, kw_only=True, tag="starting"):
-    """Not ready yet: `phase` is `downloading`, `loading` or `warming up`, `fraction` 0 to 1."""
+    """Not ready yet: `phase` is `downloading`, `loading` or `warming up`, `fraction` 0 to 1.
+
+    `after` is what the engine before this one died of, if that is why it starts.
+    """
 
     phase: str
     fraction: float | None = None
+    after: str | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

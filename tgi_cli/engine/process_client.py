@@ -51,6 +51,8 @@ class ProcessClient:
         self._state = status.phase
         if status.fraction is not None:
             self._state += f" {status.fraction:.0%}".replace("%", " %")
+        if status.after is not None:
+            self._state += f", restarting after: {status.after}"
 
     def connect(self, ready: Ready) -> None:
         """Use this engine from now on. Must be called inside the event loop."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -40,7 +40,8 @@ class Answer:
     """Runs one `Request` and remembers what came of it.
 
     `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `marks`
-    are special tokens that are part of the text. `finish` and the times (seconds) are complete
+    are special tokens that are part of the text. `on_end` is called once when it is over, also when
+    it was left or failed. `finish` and the times (seconds) are complete
     once `events` has been read to its end.
     """
 
@@ -51,6 +52,7 @@ class Answer:
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
+        on_end: Callable[[Answer], None],
         continues: bool,
         include_stop: bool,
         marks: Sequence[str] = (),
@@ -68,6 +70,7 @@ class Answer:
         self._client = client
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._on_end = on_end
         self._continues = continues
         self._include_stop = include_stop
         ids = (tokenizer.token_id(mark) for mark in marks)
@@ -100,49 +103,52 @@ class Answer:
         )
         pieces: list[str] = []
         started = last = time.perf_counter()
-        async with aclosing(self._client.generate(self.request)) as deltas:
-            async for delta in deltas:
-                if delta.finish in ("error", "abort"):
-                    raise GenerationFailed(delta.error or "the engine aborted this request")
-                now = time.perf_counter()
-                ids = delta.token_ids
-                if not self.output_ids:
-                    self.queue_time = delta.queue_time
-                    self.num_cached_tokens = delta.num_cached_tokens
-                    self.prompt_logprobs = delta.prompt_logprobs
-                if ids:
+        try:
+            async with aclosing(self._client.generate(self.request)) as deltas:
+                async for delta in deltas:
+                    if delta.finish in ("error", "abort"):
+                        raise GenerationFailed(delta.error or "the engine aborted this request")
+                    now = time.perf_counter()
+                    ids = delta.token_ids
                     if not self.output_ids:
-                        self._metrics.first_token(now - started)
-                    else:
-                        self._metrics.next_tokens(len(ids), now - last)
-                    last = now
-                read = detokenizer.push(ids)
-                text, finish = read.text, delta.finish
-                if finish is not None:
-                    text += detokenizer.finish()
-                if detokenizer.stopped is not None:
-                    finish = "stop_string"
-                ids = ids[: len(read.token_texts)]  # what follows a stop string does not count
-                logprobs = delta.logprobs[: len(ids)] if delta.logprobs else None
-                self.output_ids += ids
-                self.logprobs += logprobs or []
-                pieces.append(text)
-                self.token_texts += read.token_texts
-                if finish is not None:
-                    self.total_time = now - started
-                    self.text = "".join(pieces)
-                    self.finish = finish
-                    self._metrics.finished(
-                        num_prompt_tokens=len(self.request.prompt_ids),
-                        max_tokens=sampling.max_tokens,
-                        num_generated=len(self.output_ids),
-                        queue_time=self.queue_time,
-                        total_time=self.total_time,
-                    )
-                yield TextEvent(text, ids, read.token_texts, logprobs, finish)
-                if finish is not None:
-                    return
-        raise GenerationFailed("the engine's answer ended before its end")
+                        self.queue_time = delta.queue_time
+                        self.num_cached_tokens = delta.num_cached_tokens
+                        self.prompt_logprobs = delta.prompt_logprobs
+                    if ids:
+                        if not self.output_ids:
+                            self._metrics.first_token(now - started)
+                        else:
+                            self._metrics.next_tokens(len(ids), now - last)
+                        last = now
+                    read = detokenizer.push(ids)
+                    text, finish = read.text, delta.finish
+                    if finish is not None:
+                        text += detokenizer.finish()
+                    if detokenizer.stopped is not None:
+                        finish = "stop_string"
+                    ids = ids[: len(read.token_texts)]  # what follows a stop string does not count
+                    logprobs = delta.logprobs[: len(ids)] if delta.logprobs else None
+                    self.output_ids += ids
+                    self.logprobs += logprobs or []
+                    pieces.append(text)
+                    self.token_texts += read.token_texts
+                    if finish is not None:
+                        self.total_time = now - started
+                        self.text = "".join(pieces)
+                        self.finish = finish
+                        self._metrics.finished(
+                            num_prompt_tokens=len(self.request.prompt_ids),
+                            max_tokens=sampling.max_tokens,
+                            num_generated=len(self.output_ids),
+                            queue_time=self.queue_time,
+                            total_time=self.total_time,
+                        )
+                    yield TextEvent(text, ids, read.token_texts, logprobs, finish)
+                    if finish is not None:
+                        return
+            raise GenerationFailed("the engine's answer ended before its end")
+        finally:
+            self._on_end(self)
 
     async def complete(self) -> None:
         """Run to the end without looking at the events."""

@@ -17,9 +17,6 @@ from typing import Any
 
 from tgi_cli.engine.control import frame, receive_frames
 
-#: Connections the kernel keeps for a listening socket that supervisor and HTTP workers share.
-BACKLOG = 1024
-
 
 class Child:
     """Made by `spawn`; `wait` must be awaited before it is dropped."""

@@ -1,7 +1,12 @@
-"""Cross-origin requests from browsers, as `--cors-allow-origin` says (any origin by default)."""
+"""Cross-origin requests from browsers, as `--cors-allow-origin` says (any origin by default).
+
+Whatever header a page wants to send is allowed: SDKs send more of them every year, and none has a
+meaning that an origin could misuse. Credentials in cookies are never allowed, because none exist.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -9,6 +14,10 @@ from aiohttp.typedefs import Middleware
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Signal = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:, ?[A-Za-z0-9-]+)*")
+#: Seconds a browser may remember the answer to a preflight.
+_MAX_AGE = "600"
 
 
 def cors(origins: tuple[str, ...]) -> tuple[Middleware, Signal]:
@@ -34,7 +43,12 @@ def cors(origins: tuple[str, ...]) -> tuple[Middleware, Signal]:
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Vary"] = "Origin"
         if request.method == "OPTIONS":
-            response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-            response.headers["Access-Control-Allow-Headers"] = "authorization, content-type"
+            asked = request.headers.get("Access-Control-Request-Headers", "")
+            named = asked if _HEADER_NAMES.fullmatch(asked) else "authorization, content-type"
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+            response.headers["Access-Control-Allow-Headers"] = named
+            response.headers["Access-Control-Max-Age"] = _MAX_AGE
+        else:
+            response.headers["Access-Control-Expose-Headers"] = "*"
 
     return preflight, stamp

@@ -28,6 +28,7 @@ from tgi_cli.serve.answer import Answer
 from tgi_cli.serve.grammars import AskedGrammar
 from tgi_cli.serve.limits import Admission, Limits
 from tgi_cli.serve.prometheus import Metrics
+from tgi_cli.serve.tenants import Tenants
 from tgi_cli.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -76,10 +77,13 @@ class Visit:
 class FrontDoor:
     """One HTTP worker's door to one engine."""
 
-    def __init__(self, client: EngineClient, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, client: EngineClient, config: ServerConfig, metrics: Metrics, tenants: Tenants
+    ) -> None:
         self.client = client
         self.config = config
         self.metrics = metrics
+        self._tenants = tenants
         # Workers know nothing of each other: each admits its share of the whole.
         self.admission = Admission(-(-config.max_concurrent_requests // config.http_workers))
         self.draining = False
@@ -272,6 +276,7 @@ class FrontDoor:
         """
         texts = self.texts
         sampling.validate(self.facts.vocab_size)
+        tenant = self._tenants[caller.tenant]
         arrival = time.time()
         name = secrets.token_hex(8)
         return [
@@ -283,6 +288,7 @@ class FrontDoor:
                     eos_token_ids=tuple(texts.tokenizer.eos_token_ids),
                     tenant=caller.tenant,
                     user=caller.user,
+                    weight=tenant.limits.weight,
                     priority=caller.priority,
                     cache_salt=caller.cache_salt,
                     arrival=arrival,
@@ -291,12 +297,19 @@ class FrontDoor:
                 self.client,
                 texts.tokenizer,
                 self.metrics,
+                on_end=self._ended,
                 continues=prompt.continues,
                 include_stop=include_stop,
                 marks=marks,
             )
             for i in range(count)
         ]
+
+    def _ended(self, answer: Answer) -> None:
+        """An answer is over, whatever it came to: count its tokens against its tenant."""
+        request = answer.request
+        used = len(request.prompt_ids) + len(answer.output_ids)
+        self._tenants[request.tenant].spend(used)
 
 
 def new_seed() -> int:

@@ -7,9 +7,7 @@ workers, restarts what dies, kills what hangs, and lets accepted requests finish
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -17,6 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,7 +35,10 @@ from tgi_cli.engine.messages import (
     WorkerStart,
 )
 from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
-from tgi_cli.serve.child import BACKLOG, Child, how_it_ended
+from tgi_cli.serve.api_keys import read_key_file
+from tgi_cli.serve.child import Child, how_it_ended
+from tgi_cli.serve.listener import listen, listen_unix
+from tgi_cli.serve.tls import tls_context
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class RestartBudget:
 class Supervisor:
     """Runs a server until it is told to stop or cannot go on.
 
-    `on_listening(host, port)` is called once the port is open (the model still loads then),
+    `on_listening(socket)` is called once the port is open (the model still loads then),
     `on_ready(facts)` when the first request can be served.
     """
 
@@ -86,7 +88,7 @@ class Supervisor:
         engine: EngineConfig,
         server: ServerConfig,
         *,
-        on_listening: Callable[[str, int], None] | None = None,
+        on_listening: Callable[[socket.socket], None] | None = None,
         on_ready: Callable[[ModelFacts], None] | None = None,
     ) -> None:
         self._engine_config = engine
@@ -98,6 +100,7 @@ class Supervisor:
         self._status: Starting | Ready | Restarting = Starting(phase="starting")
         self._opened: set[int] = set()
         self._was_ready = False
+        self._last_failure: str | None = None  # until an engine is ready again
         self._engine_restarts = RestartBudget(server.max_engine_restarts, _RESTART_WINDOW)
         self._worker_restarts = RestartBudget(_MAX_WORKER_RESTARTS, _RESTART_WINDOW)
         self._stopping = False
@@ -108,15 +111,23 @@ class Supervisor:
         Raises `UsageError` or `TgiError` if the port cannot be opened, whatever the engine failed
         of before it was ready, and `EngineError` when it keeps dying. No child outlives the call.
         """
-        listener = listen(self._server_config.host, self._server_config.port)
+        config = self._server_config
+        tls_context(config)  # a certificate that does not fit is said before anything starts
+        if config.api_key_file is not None:
+            read_key_file(config.api_key_file)
+        if config.uds is not None:
+            listener = listen_unix(config.uds)
+        else:
+            listener = listen(config.host, config.port)
         runtime_dir = tempfile.mkdtemp(prefix="tgi-")  # 0700: only this user reaches the engine
         try:
             if self._on_listening is not None:
-                host, port = listener.getsockname()[:2]
-                self._on_listening(host, port)
+                self._on_listening(listener)
             return asyncio.run(self._serve(listener, runtime_dir))
         finally:
             listener.close()
+            if config.uds is not None:
+                Path(config.uds).unlink(missing_ok=True)
             shutil.rmtree(runtime_dir, ignore_errors=True)
 
     async def _serve(self, listener: socket.socket, runtime_dir: str) -> int:
@@ -174,6 +185,7 @@ class Supervisor:
                 self._engine_restarts.used,
                 self._engine_restarts.limit,
             )
+            self._last_failure = failure.message
             self._tell(Restarting(reason=failure.message))
             epoch += 1
 
@@ -202,7 +214,10 @@ class Supervisor:
                 engine.kill()
                 break
             elif isinstance(status, Starting | Ready | Heartbeat):
-                ready = ready or isinstance(status, Ready)
+                if isinstance(status, Starting):
+                    status = msgspec.structs.replace(status, after=self._last_failure)
+                elif isinstance(status, Ready):
+                    ready, self._last_failure = True, None
                 self._tell(status)
         code = await engine.end(_EXIT_PATIENCE)
         return reported or EngineError(
@@ -279,47 +294,6 @@ class Supervisor:
         if self._engine is not None:
             children.append(self._engine)
         await asyncio.gather(*(child.end(patience) for child in children))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the TCP port. Raises `UsageError` or `TgiError` naming host and port."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error}",
-            hint="give an address of this machine and a port from 0 to 65535",
-        ) from None
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise _listen_error(host, port, error) from None
-    return listener
-
-
-def _listen_error(host: str, port: int, error: Exception) -> TgiError:
-    number = getattr(error, "errno", None)
-    if number == errno.EADDRINUSE:
-        return TgiError(
-            f"port {port} on {host} is already in use",
-            hint="stop the program that uses it, or take another port: `--port 0` picks a free one",
-        )
-    if number == errno.EACCES:
-        return TgiError(
-            f"no permission to listen on port {port}",
-            hint="use a port from 1024 on, or `--port 0` for a free one",
-        )
-    reason = os.strerror(number) if number else str(error)
-    return UsageError(
-        f"cannot listen on {host} port {port}: {reason.lower()}",
-        hint="give an address of this machine and a port from 0 to 65535",
-    )
 
 
 def error_of(failed: Failed) -> TgiError:

@@ -37,9 +37,10 @@ from tgi_cli.engine.messages import (
 from tgi_cli.engine.process_client import ProcessClient
 from tgi_cli.errors import TemplateFailed, TgiError
 from tgi_cli.serve.app import build_app
-from tgi_cli.serve.child import BACKLOG
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
+from tgi_cli.serve.listener import BACKLOG
+from tgi_cli.serve.tls import tls_context
 from tgi_cli.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,25 @@ _LAST_CALL = 0.1
 _FAREWELL = 2.0
 
 _decode = msgspec.msgpack.Decoder(Status).decode
+
+
+class _InheritedSite(web.SockSite):
+    """Serves on a socket somebody else opened, of TCP or a Unix path."""
+
+    def __init__(self, runner: web.AppRunner, listener: socket.socket, **options: Any) -> None:
+        super().__init__(runner, listener, **options)
+        self._listener = listener
+
+    async def start(self) -> None:
+        """Start accepting."""
+        if self._listener.family != socket.AF_UNIX:
+            await super().start()
+            return
+        await web.BaseSite.start(self)
+        assert self._runner.server is not None
+        self._server = await asyncio.get_running_loop().create_unix_server(
+            self._runner.server, sock=self._listener, backlog=self._backlog, ssl=self._ssl_context
+        )
 
 
 class Worker:
@@ -72,7 +92,12 @@ class Worker:
             self._app, handler_cancellation=True, access_log=None, shutdown_timeout=_FAREWELL
         )
         await runner.setup()
-        self._site = web.SockSite(runner, self._listener, backlog=BACKLOG)
+        self._site = _InheritedSite(
+            runner,
+            self._listener,
+            ssl_context=tls_context(self._start.config),
+            backlog=BACKLOG,
+        )
         await self._site.start()
         listening = asyncio.create_task(self._follow(reader, writer))
         finished = asyncio.create_task(self._finished.wait())
