@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
+from tgi_cli.kernels.collective import ALONE, Collective
 from tgi_cli.kernels.cpu.library import Library, load
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
 from tgi_cli.kernels.memory import cgroup_headroom
@@ -45,6 +46,7 @@ class Backend:
     deterministic: bool
     num_threads: int
     native: Library | None = None
+    collective: Collective = ALONE  # this rank's end of what it shares with the others
 
     def free_memory(self) -> int:
         """Bytes this process can still take, by the container's limit where that is lower."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.batch import Batch
-from tgi_cli.model.linear import Linear, load_linear
+from tgi_cli.model.linear import Linear, SummedLinear, load_linear, load_summed_linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.norm import Norm
 from tgi_cli.model.spec import AttentionSpec, TensorNames
@@ -46,7 +46,7 @@ class Attention:
         group: int,
         qkv: Linear,
         heads: HeadNorms | PlainHeads,
-        output: Linear,
+        output: Linear | SummedLinear,
         rope_table: Tensor,
     ) -> None:
         self.ops = ops
@@ -93,7 +93,10 @@ def load_attention(
     group: int,
     rope_table: Tensor,
 ) -> Attention:
-    """Read one layer's attention from the tensors below `prefix`."""
+    """Read one layer's attention from the tensors below `prefix`.
+
+    `spec` is the whole model's; what is built has this rank's heads of it.
+    """
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     qkv = load_linear(
         loader,
@@ -108,5 +111,8 @@ def load_attention(
             Norm.load(loader, prefix + names.q_norm, spec.head_dim, spec.qk_norm),
             Norm.load(loader, prefix + names.k_norm, spec.head_dim, spec.qk_norm),
         )
-    output = load_linear(loader, [prefix + names.o], [hidden_size], q_size, bias=spec.output_bias)
-    return Attention(loader.ops, spec, group, qkv, heads, output, rope_table)
+    output = load_summed_linear(
+        loader, prefix + names.o, hidden_size, q_size, bias=spec.output_bias
+    )
+    local = loader.partition.attention(spec)
+    return Attention(loader.ops, local, group, qkv, heads, output, rope_table)

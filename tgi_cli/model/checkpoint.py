@@ -19,6 +19,7 @@ from tgi_cli.kernels.cpu.packed import matrix_bytes
 from tgi_cli.model.families import architecture_of, read_spec
 from tgi_cli.model.gguf_config import hf_config
 from tgi_cli.model.gguf_source import GgufSource
+from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, DynamicScaling
 from tgi_cli.model.weights import SafetensorsSource
 from tgi_cli.quantize.formats import detect
@@ -87,12 +88,26 @@ class Checkpoint:
         """The same checkpoint with its quantized matrices left as stored."""
         return replace(self, format=GgufFormat(keep_blocks=True)) if self.quantized else self
 
-    def weights_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes the decoder's weights and rotary tables take once built in `dtype` and packed."""
+    def partition(self, rank: int, world_size: int) -> Partition:
+        """What rank `rank` of `world_size` holds.
+
+        Raises:
+            UsageError: the model does not divide into so many ranks.
+        """
+        return Partition.of(
+            self.spec, rank, world_size, lambda key: self.format.column_unit(self.source, key)
+        )
+
+    def weights_bytes(self, dtype: torch.dtype, partition: Partition | None = None) -> int:
+        """Bytes the decoder's weights and rotary tables take once built in `dtype` and packed.
+
+        With a partition, those of its rank.
+        """
+        part = partition or self.partition(0, 1)
         ropes = {layer.attention.rope for layer in self.spec.layers}
         tables = sum(rope.max_positions * rope.head_dim for rope in ropes)
         return tables * dtype.itemsize + sum(
-            self._stacked_bytes(keys, dtype) for keys in self._stacks()
+            self._stacked_bytes(keys, dtype, part) for keys in self._stacks()
         )
 
     def _stacks(self) -> list[list[str]]:
@@ -108,8 +123,8 @@ class Checkpoint:
                         del left[key]
         return stacks + [[key] for key in left]
 
-    def _stacked_bytes(self, keys: list[str], dtype: torch.dtype) -> int:
-        shapes = [self.source.shape(key) for key in keys]
+    def _stacked_bytes(self, keys: list[str], dtype: torch.dtype, part: Partition) -> int:
+        shapes = [part.shape(key, self.source.shape(key)) for key in keys]
         if isinstance(self.format, GgufFormat) and len(shapes[0]) == 2:
             scheme = self.format.common_scheme(self.source, keys)
             if scheme is not None:

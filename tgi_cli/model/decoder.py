@@ -20,10 +20,14 @@ from tgi_cli.model.loader import Loader
 from tgi_cli.model.norm import Norm
 from tgi_cli.model.rope import rope_table
 from tgi_cli.model.spec import DecoderSpec, RopeSpec
+from tgi_cli.model.vocabulary import SharedVocabulary, Vocabulary, WholeVocabulary
 
 
 class Decoder:
-    """Embedding, layers, final norm and head; the ends are absent in an inner stage."""
+    """Embedding, layers, final norm and head; the ends are absent in an inner stage.
+
+    `spec` is what is built here: with several ranks, this rank's heads and features.
+    """
 
     def __init__(
         self,
@@ -32,12 +36,14 @@ class Decoder:
         embedding: AnyEmbedding | None,
         norm: Norm | None,
         head: Head | None,
+        vocabulary: Vocabulary,
     ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
         self.embedding = embedding
         self.norm = norm
         self.head = head
+        self.vocabulary = vocabulary
 
     @classmethod
     def build(
@@ -53,7 +59,7 @@ class Decoder:
 
         Args:
             checkpoint: what `open_checkpoint` gave.
-            backend: where it runs.
+            backend: where it runs; with several ranks, this rank's part is read and built.
             dtype: of weights and activations.
             layers: build only these; the embedding comes with the first layer of the model, norm
                 and head with the last one. None builds all.
@@ -61,10 +67,13 @@ class Decoder:
 
         Raises:
             CheckpointError: a tensor is missing, misshapen, unreadable or without a place.
+            UsageError: the model does not divide into so many ranks.
         """
         spec = checkpoint.spec
+        collective = backend.collective
+        partition = checkpoint.partition(collective.rank, collective.world_size)
         chosen = range(len(spec.layers)) if layers is None else layers
-        loader = Loader(checkpoint.source, checkpoint.format, backend, dtype, progress)
+        loader = Loader(checkpoint.source, checkpoint.format, backend, dtype, partition, progress)
         group_of = {
             layer: index for index, group in enumerate(spec.kv_groups) for layer in group.layers
         }
@@ -82,7 +91,10 @@ class Decoder:
             head = load_head(loader, spec, embedding)
         if len(chosen) == len(spec.layers):
             loader.finish(spec.names.ignored)
-        return cls(spec, built, embedding, norm, head)
+        vocabulary: Vocabulary = WholeVocabulary()
+        if collective.world_size > 1:
+            vocabulary = SharedVocabulary(collective, partition.vocabulary)
+        return cls(partition.local, built, embedding, norm, head, vocabulary)
 
     def forward(self, batch: Batch, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run a batch: the normalized hidden states [num_tokens, hidden_size].
@@ -95,7 +107,7 @@ class Decoder:
         """
         assert self.embedding is not None
         assert self.norm is not None
-        delta = self.embedding.forward(batch.input_ids)
+        delta = self.vocabulary.embed(self.embedding, batch.input_ids)
         delta, residual = self.run_layers(delta, torch.zeros_like(delta), batch, kv_caches)
         return self.norm.add_forward(delta, residual)[0]
 
@@ -117,7 +129,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] -> [n, vocab_size] float32, softcapped where the family does."""
         assert self.head is not None
-        logits = self.head.forward(hidden)
+        logits = self.vocabulary.gather(self.head.forward(hidden))
         if self.spec.logit_softcap is not None:
             cap = self.spec.logit_softcap
             logits = torch.tanh(logits / cap) * cap

@@ -1,4 +1,7 @@
-"""Both ends of a decoder: token ids to vectors, and vectors to logits."""
+"""Both ends of a decoder: token ids to vectors, and vectors to logits.
+
+With several ranks these are a rank's own rows; `model.vocabulary` puts the parts together.
+"""
 
 from __future__ import annotations
 
@@ -99,4 +102,5 @@ def _repeats(loader: Loader, name: str, spec: DecoderSpec) -> bool:
     source = loader.source
     if source.shape(name) != source.shape(spec.names.embedding):
         return False
-    return torch.equal(source.read(name), source.read(spec.names.embedding))
+    shard = loader.partition.shard(name)
+    return torch.equal(source.read(name, shard), source.read(spec.names.embedding, shard))

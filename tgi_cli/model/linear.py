@@ -1,4 +1,8 @@
-"""A linear layer: one `Weight` and an optional bias. Knows neither packing nor its role."""
+"""Linear layers: one `Weight` and an optional bias. They know neither packing nor their role.
+
+With several ranks a layer is cut along its outputs, and gives its rank's part of them, or along its
+inputs, and gives the sum over all ranks (column- and row-parallel in Megatron's words).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tgi_cli.kernels.collective import Collective
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.loader import Loader
 from tgi_cli.quantize.formats.base import Weight
@@ -34,6 +39,45 @@ class BiasedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features]."""
         return self.weight.matmul(x, self.ops).add_(self.bias)
+
+
+class SummedLinear:
+    """`x @ weight.T + bias`, where every rank has some of the inputs; the bias is added once."""
+
+    def __init__(self, part: Linear, collective: Collective) -> None:
+        self.part = part
+        self.collective = collective
+
+    @property
+    def weight(self) -> Weight:
+        """This rank's part: [out_features, its in_features]."""
+        return self.part.weight
+
+    @weight.setter
+    def weight(self, weight: Weight) -> None:
+        self.part.weight = weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features] on the rank that adds it."""
+        return getattr(self.part, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, its in_features] -> [tokens, out_features]."""
+        return self.collective.all_reduce(self.part.forward(x))
+
+
+def load_summed_linear(
+    loader: Loader, name: str, out_features: int, in_features: int, *, bias: bool
+) -> Linear | SummedLinear:
+    """Read `<name>.weight` (and `<name>.bias`), cut along the inputs where there are ranks."""
+    if loader.partition.world_size == 1:
+        return load_linear(loader, [name], [out_features], in_features, bias=bias)
+    own = bias and loader.partition.first
+    if bias and not own:
+        loader.skip(f"{name}.bias")
+    part = load_linear(loader, [name], [out_features], in_features, bias=own)
+    return SummedLinear(part, loader.collective)
 
 
 def load_linear(

@@ -14,14 +14,19 @@ from torch import Tensor
 from tgi_cli.errors import CheckpointError
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.kernels.ops import Ops
-from tgi_cli.quantize.formats.base import WHOLE, Format, TensorSource, Weight
+from tgi_cli.model.partition import Partition
+from tgi_cli.quantize.formats.base import Format, TensorSource, Weight
 from tgi_cli.quantize.formats.gguf import BlockWeight, GgufFormat
 
 _MISFIT = "the weights and `config.json` do not belong together, or the download is incomplete"
 
 
 class Loader:
-    """A source, its format and the target: what every part needs to build itself."""
+    """A source, its format and the target: what every part needs to build itself.
+
+    Shapes are asked for as the checkpoint has them; `partition` says which part of each tensor is
+    read here, and what comes back is that part.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class Loader:
         format: Format,
         backend: Backend,
         dtype: torch.dtype,
+        partition: Partition,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.source = source
@@ -36,13 +42,15 @@ class Loader:
         self.backend = backend
         self.ops: Ops = backend.ops
         self.dtype = dtype
+        self.partition = partition
+        self.collective = backend.collective
         self._progress = progress
         self._used: set[str] = set()
         self._bytes_done = 0
         self._bytes_total = sum(map(source.nbytes, source.keys())) or 1
 
     def vector(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """A one-dimensional tensor of `size` elements, in memory of its own."""
+        """A one-dimensional tensor of `size` elements, or this rank's, in memory of its own."""
         return self._tensor(name, (size,), dtype)
 
     def table(self, name: str, rows: int, columns: int) -> Tensor:
@@ -57,7 +65,7 @@ class Loader:
         self._check(name, (rows, columns))
         if format.common_scheme(self.source, [name]) is None:
             return None
-        weight = format.load(self.source, name, WHOLE, self.dtype)
+        weight = format.load(self.source, name, self.partition.shard(name), self.dtype)
         assert isinstance(weight, BlockWeight)
         self._done(name)
         return weight
@@ -67,7 +75,8 @@ class Loader:
         parts = []
         for name, rows in zip(names, out_features, strict=True):
             self._check(name, (rows, in_features))
-            parts.append(self.format.load(self.source, name, WHOLE, self.dtype))
+            shard = self.partition.shard(name)
+            parts.append(self.format.load(self.source, name, shard, self.dtype))
             self._done(name)
         weight = self.format.fuse(parts) if len(parts) > 1 else parts[0]
         out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
@@ -101,7 +110,8 @@ class Loader:
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._check(name, shape)
         # A copy, as `read` may give a view of the mapped file.
-        tensor = self.source.read(name).to(device=self.backend.device, dtype=dtype, copy=True)
+        stored = self.source.read(name, self.partition.shard(name))
+        tensor = stored.to(device=self.backend.device, dtype=dtype, copy=True)
         self._done(name)
         return tensor.contiguous()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
-from tgi_cli.model.linear import Linear, load_linear
+from tgi_cli.model.linear import Linear, SummedLinear, load_linear, load_summed_linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.spec import DenseSpec, TensorNames
 
@@ -13,7 +13,9 @@ from tgi_cli.model.spec import DenseSpec, TensorNames
 class GatedMLP:
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, ops: Ops, spec: DenseSpec, gate_up: Linear, down: Linear) -> None:
+    def __init__(
+        self, ops: Ops, spec: DenseSpec, gate_up: Linear, down: Linear | SummedLinear
+    ) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[spec.activation]
@@ -31,7 +33,7 @@ class GatedMLP:
             hidden_size,
             bias=spec.bias,
         )
-        down = load_linear(loader, [prefix + names.down], [hidden_size], size, bias=spec.bias)
+        down = load_summed_linear(loader, prefix + names.down, hidden_size, size, bias=spec.bias)
         return cls(loader.ops, spec, gate_up, down)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ class Program(ctypes.Structure):
         *((name, _INT64) for name in ("num_layers", "hidden")),
         *((name, _FLOAT) for name in ("embedding_scale", "final_eps")),
         ("head", Matrix),
+        ("ranks", _POINTER),
     )
 
 
@@ -222,6 +223,11 @@ class Library:
         """Instruction-set variants this CPU can run, best first."""
         names: bytes = self._dll.tgi_variants()
         return [name for name in names.decode().split(",") if name]
+
+    @property
+    def functions(self) -> ctypes.CDLL:
+        """The library's C functions, for modules that have some of their own there."""
+        return self._dll
 
     def context(self, variant: str, num_threads: int) -> Context:
         """A thread pool with the kernels of one variant."""

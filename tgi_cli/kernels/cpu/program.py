@@ -104,7 +104,7 @@ class NativeStep:
         step = self._input(batch, kv_caches)
         hidden = torch.empty((step.tokens, self._spec.hidden_size), dtype=torch.bfloat16)
         step.hidden, step.logit_rows = pointer(hidden), None
-        self._context.step(self._program, step)
+        self._run(step)
         return hidden
 
     def logits(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
@@ -121,13 +121,18 @@ class NativeStep:
         step = self._input(batch, kv_caches)
         count = len(batch.logit_rows)
         step.hidden, step.logit_rows = pointer(self._buffers["narrow"]), pointer(batch.logit_rows)
-        step.logits, step.num_logits = pointer(out), count
+        own = out if self._ranks is None else torch.empty((count, self._program.head.n))
+        step.logits, step.num_logits = pointer(own), count
         if not step.logit_rows:  # torch gives an empty tensor no address
             step.logit_rows = pointer(batch.input_ids)
-        self._context.step(self._program, step)
-        logits = out[:count]
+        self._run(step)
+        logits = self._vocabulary.gather(own[:count], out[:count])
         cap = self._spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _run(self, step: StepInput) -> None:
+        self._context.step(self._program, step)
+        self._vocabulary.collective.check()
 
     def _input(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> StepInput:
         """The one input struct, pointing to this batch; workspace is there already."""
@@ -211,6 +216,8 @@ class NativeStep:
         packed_head = own if isinstance(own, PackedWeight) else self._packed(own)
         self._keep(packed_head.data)
         decoder.head = PackedHead(packed_head)
+        self._vocabulary = decoder.vocabulary
+        self._ranks = self._vocabulary.native()  # kept, as the program points to it
         return Program(
             layers=self._layers,
             table=matrix,
@@ -220,6 +227,7 @@ class NativeStep:
             embedding_scale=1.0 if embedding.scale is None else embedding.scale,
             final_eps=decoder.norm.eps,
             head=packed_head.matrix,
+            ranks=None if self._ranks is None else ctypes.addressof(self._ranks),
         )
 
     def _grow(self, tokens: int) -> None:

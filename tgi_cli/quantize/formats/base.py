@@ -18,15 +18,21 @@ from torch import Tensor
 class Shard:
     """A part of a matrix in logical rows and columns, as one rank of `world_size` holds it.
 
-    `dim` is 0 for output rows, 1 for input columns, None for the whole matrix.
+    `dim` is 0 for output rows, 1 for input columns, None for the whole matrix. Parts are equal, or
+    with `unit` whole multiples of it (but for the end) that differ by one unit at most.
     """
 
     dim: int | None = None
     rank: int = 0
     world_size: int = 1
+    unit: int | None = None
 
     def bounds(self, size: int) -> tuple[int, int]:
         """Return first and last-plus-one index along `dim` of a matrix with `size` there."""
+        if self.unit is not None:
+            count = -(-size // self.unit)
+            first, last = (n * count // self.world_size for n in (self.rank, self.rank + 1))
+            return min(size, first * self.unit), min(size, last * self.unit)
         if size % self.world_size:
             raise ValueError(f"{size} does not divide into {self.world_size} shards")
         part = size // self.world_size
@@ -89,6 +95,10 @@ class Format(Protocol):
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """Read one matrix, or a shard of it; `dtype` is that of the activations."""
+        ...
+
+    def column_unit(self, source: TensorSource, key: str) -> int:
+        """How many inputs of matrix `key` are stored together: shards are cut between them."""
         ...
 
     def fuse(self, parts: Sequence[Weight]) -> Weight:

@@ -75,6 +75,10 @@ class DenseFormat:
         # and gone with a fault if the file is cut short under us.
         return DenseWeight(stored.to(dtype, copy=True, memory_format=torch.contiguous_format))
 
+    def column_unit(self, source: TensorSource, key: str) -> int:
+        """Every input stands alone."""
+        return 1
+
     def fuse(self, parts: Sequence[Weight]) -> DenseWeight:
         """Stack matrices of equal `in_features` along the output."""
         return DenseWeight(torch.cat([part.dequantize() for part in parts]))

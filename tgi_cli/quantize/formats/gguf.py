@@ -19,33 +19,62 @@ from tgi_cli.quantize.formats.base import WHOLE, Shard, TensorSource, Weight
 from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
 from tgi_cli.quantize.formats.gguf_blocks import BlockType, dequantize, regroup
 
+#: Inputs that native kernels take at once; groups of every scheme divide it.
+_RUN = 32
+
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
     """A tensor as a GGUF file stores it: `data` is uint8 [rows, row_bytes], usually a file view.
 
-    `shape` is the logical one; a vector is one row.
+    `shape` is the logical one; a vector is one row. `columns`, if set, are those of the stored
+    elements of each row that belong to it.
     """
 
     kind: BlockType
     shape: tuple[int, ...]
     data: Tensor
+    columns: tuple[int, int] | None = None
+
+    def shard(self, shard: Shard) -> PackedTensor:
+        """A part of it, as it is stored: the rows, or the blocks that hold its columns."""
+        if shard.dim is None or shard.world_size == 1:
+            return self
+        start, end = shard.bounds(self.shape[shard.dim])
+        shape = (*self.shape[: shard.dim], end - start, *self.shape[shard.dim + 1 :])
+        if shard.dim == len(shape) - 1 and len(shape) > 1:
+            size = self.kind.block_size
+            first, last = start // size, -(-end // size)
+            stored = self.data[:, first * self.kind.type_size : last * self.kind.type_size]
+            return PackedTensor(
+                self.kind, shape, stored, (start - first * size, end - first * size)
+            )
+        if len(shape) == 1:
+            return PackedTensor(self.kind, shape, self.data, (start, end))
+        if shard.dim != 0:
+            raise ValueError("only the first and the last axis can be sharded")
+        inner = self.data.shape[0] // self.shape[0]  # stored rows per index of the first axis
+        return PackedTensor(self.kind, shape, self.data[start * inner : end * inner], self.columns)
 
     def unpack(self, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE) -> Tensor:
         """Decode it, or a shard of it, into a new tensor of `dtype`."""
-        data, columns = self.data, None
-        shape = list(self.shape)
-        if shard.dim is not None and shard.world_size > 1:
-            start, end = shard.bounds(shape[shard.dim])
-            shape[shard.dim] = end - start
-            if shard.dim == len(shape) - 1:
-                columns = (start, end)
-            else:
-                inner = data.shape[0] // self.shape[0]  # stored rows per index of the first axis
-                if shard.dim != 0:
-                    raise ValueError("only the first and the last axis can be sharded")
-                data = data[start * inner : end * inner]
-        return dequantize(data, self.kind, dtype, columns).view(shape)
+        part = self.shard(shard)
+        return dequantize(part.data, part.kind, dtype, part.columns).view(part.shape)
+
+    def regroup(self, start: int, end: int) -> Grouped:
+        """Codes and scales of rows `start` up to `end`; the columns are whole groups."""
+        grouped = regroup(self.data[start:end], self.kind)
+        if self.columns is None:
+            return grouped
+        assert self.kind.scheme is not None
+        first, last = self.columns
+        size = self.kind.scheme.group
+        groups = slice(first // size, last // size)
+        return Grouped(
+            grouped.codes[:, first:last],
+            grouped.scales[:, groups],
+            None if grouped.minima is None else grouped.minima[:, groups],
+        )
 
 
 @runtime_checkable
@@ -98,7 +127,7 @@ class BlockWeight:
         for part in self.parts:
             size = part.shape[0]
             if start < size and end > 0:
-                found.append(regroup(part.data[max(start, 0) : min(end, size)], part.kind))
+                found.append(part.regroup(max(start, 0), min(end, size)))
             start, end = start - size, end - size
         if len(found) == 1:
             return found[0]
@@ -112,7 +141,7 @@ class BlockWeight:
     def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode some rows: [n] int64 -> [n, in_features]."""
         (part,) = self.parts
-        return dequantize(part.data[indices], part.kind, dtype)
+        return dequantize(part.data[indices], part.kind, dtype, part.columns)
 
 
 class GgufFormat:
@@ -145,9 +174,14 @@ class GgufFormat:
                 hint="the file is damaged or was made by an incompatible converter",
             )
         scheme = self._scheme(packed.kind)
-        if scheme is not None and shard.world_size == 1:
-            return BlockWeight([packed], scheme)
+        if scheme is not None:
+            return BlockWeight([packed.shard(shard)], scheme)
         return DenseWeight(packed.unpack(dtype, shard))
+
+    def column_unit(self, source: TensorSource, key: str) -> int:
+        """Blocks that are kept are cut between runs of inputs, others anywhere."""
+        assert isinstance(source, PackedSource)
+        return 1 if self._scheme(source.block_type(key)) is None else _RUN
 
     def fuse(self, parts: Sequence[Weight]) -> Weight:
         """Stack matrices of equal `in_features`; those of different schemes become dense."""

@@ -1,6 +1,8 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace tgi {
 namespace {
@@ -11,6 +13,7 @@ struct Runner {
   const Program& program;
   const StepInput& step;
   int64_t rows;  // of the residual stream: all tokens, in the end those whose logits are wanted
+  bool lost = false;  // another rank is gone: the rest of the step is not worth computing
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
     kernels.rms_norm(pool, {x, weight, out, rows, program.hidden, program.hidden, eps, out_float});
@@ -21,15 +24,30 @@ struct Runner {
     kernels.gemm(pool, {x, w, bias, out, rows, w.k, ldo, static_cast<int32_t>(epilogue)});
   }
 
+  // The sum over all ranks of x @ w.T + bias, stored or added; `bias` is null on all but one.
+  void all_reduced(const uint16_t* x, const Matrix& w, const float* bias, float* into, bool add) {
+    const Ranks& ranks = *program.ranks;
+    const int64_t size = rows * program.hidden;
+    float* part = ranks.staging(ranks.self, size);
+    if (part == nullptr) part = step.wide;
+    gemm(x, w, bias, part, program.hidden, Epilogue::kStoreFloat);
+    lost = lost || ranks.all_reduce(ranks.self, &pool, part, into, size, add) != 0;
+  }
+
   // The residual stream takes what a part gives, directly or through a norm of its own.
-  void into_residual(const uint16_t* x, const Matrix& w, const float* bias, const float* after,
-                     float eps) const {
+  void into_residual(const uint16_t* x, const Matrix& w, const float* bias, const float* after, float eps) {
     const int64_t hidden = program.hidden;
     if (after == nullptr) {
-      gemm(x, w, bias, step.residual, hidden, Epilogue::kAddFloat);
+      if (program.ranks != nullptr)
+        all_reduced(x, w, bias, step.residual, true);
+      else
+        gemm(x, w, bias, step.residual, hidden, Epilogue::kAddFloat);
       return;
     }
-    gemm(x, w, bias, step.wide, hidden, Epilogue::kStoreFloat);
+    if (program.ranks != nullptr)
+      all_reduced(x, w, bias, step.wide, false);
+    else
+      gemm(x, w, bias, step.wide, hidden, Epilogue::kStoreFloat);
     norm(step.wide, after, eps, step.wide, true);
     constexpr int64_t kRows = 16;
     pool.parallel((rows + kRows - 1) / kRows, [&](int64_t item, int) {
@@ -49,6 +67,27 @@ struct Runner {
                   static_cast<size_t>(width) * sizeof(uint16_t));
     }
     rows = step.num_logits;
+  }
+
+  // Every rank looks up the tokens it has rows for; the others' rows come as zeros and change no bit.
+  void embed() {
+    const Ranks* ranks = program.ranks;
+    if (ranks == nullptr) {
+      kernels.embed(pool,
+                    {program.table, step.ids, step.residual, step.tokens, program.embedding_scale});
+      return;
+    }
+    std::vector<int64_t> ids(step.ids, step.ids + step.tokens);
+    for (int64_t& id : ids) {
+      id -= ranks->first_token;
+      if (id < 0 || id >= ranks->num_tokens) id = 0;
+    }
+    kernels.embed(pool, {program.table, ids.data(), step.residual, step.tokens, program.embedding_scale});
+    for (int64_t i = 0; i < step.tokens; ++i)
+      if (step.ids[i] < ranks->first_token || step.ids[i] >= ranks->first_token + ranks->num_tokens)
+        std::fill_n(step.residual + i * program.hidden, program.hidden, 0.0f);
+    lost = ranks->all_reduce(ranks->self, &pool, step.residual, step.residual, step.tokens * program.hidden,
+                             0) != 0;
   }
 
   void layer(const LayerProgram& l, bool last) {
@@ -75,8 +114,9 @@ struct Runner {
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
   Runner runner{pool, kernels, program, step, step.tokens};
-  kernels.embed(pool, {program.table, step.ids, step.residual, step.tokens, program.embedding_scale});
-  for (int64_t i = 0; i < program.num_layers; ++i) runner.layer(program.layers[i], i + 1 == program.num_layers);
+  runner.embed();
+  for (int64_t i = 0; i < program.num_layers && !runner.lost; ++i)
+    runner.layer(program.layers[i], i + 1 == program.num_layers);
   if (step.logit_rows != nullptr && step.num_logits == 0) return;
   runner.norm(step.residual, program.final_norm, program.final_eps, step.hidden, false);
   if (step.logit_rows != nullptr)

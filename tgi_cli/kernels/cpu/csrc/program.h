@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "collective.h"
 #include "kernels.h"
 
 namespace tgi {
@@ -39,6 +40,7 @@ struct Program {
   int64_t num_layers, hidden;
   float embedding_scale, final_eps;
   Matrix head;                       // [vocab, hidden]
+  const Ranks* ranks;                // null where one process holds the whole model
 };
 
 struct StepInput {
