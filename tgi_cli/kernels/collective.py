@@ -26,9 +26,7 @@ class Collective(Protocol):
         """
         ...
 
-    def all_gather(
-        self, x: Tensor, columns: Sequence[int], out: Tensor | None = None
-    ) -> Tensor:
+    def all_gather(self, x: Tensor, columns: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Every rank's [rows, columns[rank]] float32 side by side: [rows, sum of columns].
 
         The result is `out`, contiguous, if that is given.
@@ -70,9 +68,7 @@ class Alone:
         """Return `x`."""
         return x
 
-    def all_gather(
-        self, x: Tensor, columns: Sequence[int], out: Tensor | None = None
-    ) -> Tensor:
+    def all_gather(self, x: Tensor, columns: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Return `x`."""
         return x
 

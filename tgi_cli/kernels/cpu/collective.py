@@ -86,9 +86,7 @@ class SharedMemory:
             self.check()
         return total.to(x.dtype)
 
-    def all_gather(
-        self, x: Tensor, columns: Sequence[int], out: Tensor | None = None
-    ) -> Tensor:
+    def all_gather(self, x: Tensor, columns: Sequence[int], out: Tensor | None = None) -> Tensor:
         """See `Collective.all_gather`."""
         x = x.float().contiguous()
         if out is None:

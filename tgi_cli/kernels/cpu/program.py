@@ -126,7 +126,7 @@ class NativeStep:
         if not step.logit_rows:  # torch gives an empty tensor no address
             step.logit_rows = pointer(batch.input_ids)
         self._run(step)
-        logits = self._vocabulary.gather(own[:count], out[:count])
+        logits: Tensor = self._vocabulary.gather(own[:count], out[:count])
         cap = self._spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
