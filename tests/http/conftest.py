@@ -15,6 +15,7 @@ from tests.http.byte_tokenizer import write_byte_tokenizer
 from tests.http.scripted import ScriptedClient, byte_facts
 from tgi_cli.chat_template import ChatTemplate
 from tgi_cli.config import ServerConfig
+from tgi_cli.engine.messages import Request
 from tgi_cli.serve.app import build_app
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR
@@ -43,6 +44,10 @@ class Site:
             text = await response.text()
         payloads = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
         return [p if p == "[DONE]" else json.loads(p) for p in payloads]
+
+    def prompt_text(self, request: Request) -> str:
+        """The prompt of a request that reached the engine, as text."""
+        return self.app[DOOR].texts.tokenizer.decode(request.prompt_ids, False)
 
     async def metrics(self) -> dict[str, float]:
         """Every sample of `/metrics` by its name and labels as written."""

@@ -41,8 +41,8 @@ class Answer:
 
     `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `marks`
     are special tokens that are part of the text. `on_end` is called once when it is over, also when
-    it was left or failed. `finish` and the times (seconds) are complete
-    once `events` has been read to its end.
+    it was left or failed. `finish`, `stop_string` (the one found) and the times (seconds) are
+    complete once `events` has been read to its end.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Answer:
         self.num_cached_tokens = 0
         self.text = ""
         self.finish: str | None = None
+        self.stop_string: str | None = None
         self.queue_time = 0.0
         self.total_time = 0.0
         self._client = client
@@ -136,6 +137,7 @@ class Answer:
                         self.total_time = now - started
                         self.text = "".join(pieces)
                         self.finish = finish
+                        self.stop_string = detokenizer.stopped
                         self._metrics.finished(
                             num_prompt_tokens=len(self.request.prompt_ids),
                             max_tokens=sampling.max_tokens,

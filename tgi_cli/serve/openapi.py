@@ -15,6 +15,8 @@ import msgspec
 from aiohttp import web
 
 from tgi_cli import __version__
+from tgi_cli.serve.anthropic.shapes import AnthropicErrorReply
+from tgi_cli.serve.surfaces import ANTHROPIC, OPENAI, TGI, Surface, surface_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -66,6 +68,11 @@ class ErrorResponse(msgspec.Struct, kw_only=True):
     error_type: str
 
 
+_ERROR_BODIES: dict[Surface, type[msgspec.Struct]] = {
+    OPENAI: OpenAIErrorReply,
+    ANTHROPIC: AnthropicErrorReply,
+    TGI: ErrorResponse,
+}
 _OPENAI_STATUSES = {
     400: "A field has a wrong type or value, or the body is not JSON",
     404: "No such model here",
@@ -85,7 +92,7 @@ _GENERATION_STATUSES = {
 def build_document(routes: Sequence[Route]) -> dict[str, Any]:
     """Describe `routes` as an OpenAPI 3.1 object."""
     types = [t for route in routes for t in (*route.bodies, *route.replies, *route.events)]
-    types += [OpenAIErrorReply, ErrorResponse]
+    types += _ERROR_BODIES.values()
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
@@ -147,7 +154,7 @@ def _operation_id(route: Route) -> str:
 
 
 def _errors(route: Route) -> dict[str, Any]:
-    openai = route.path.startswith("/v1/")
+    openai = surface_of(route.path) is not TGI
     statuses: dict[int, str] = {}
     if not route.open:
         statuses[401] = "The API key is missing or wrong"
@@ -163,7 +170,7 @@ def _errors(route: Route) -> dict[str, Any]:
         statuses[500] = "The engine gave up on this request" if openai else "An internal error"
         if not openai:
             statuses[424] = "The engine gave up on this request"
-    kind = OpenAIErrorReply if openai else ErrorResponse
+    kind = _ERROR_BODIES[surface_of(route.path)]
     content = {_JSON: {"schema": {"$ref": _REF.format(name=kind.__name__)}}}
     return {
         str(status): {"description": statuses[status], "content": content}

@@ -7,6 +7,9 @@ from typing import Any, Final
 import msgspec
 
 from tgi_cli.serve import reply_schemas as shapes
+from tgi_cli.serve.anthropic import shapes as anthropic
+from tgi_cli.serve.anthropic.messages import count_tokens, create_message
+from tgi_cli.serve.anthropic.schema import CountTokensRequest, MessagesRequest
 from tgi_cli.serve.api_docs import docs, openapi
 from tgi_cli.serve.openai.chat import chat_completions
 from tgi_cli.serve.openai.completions import completions
@@ -20,7 +23,8 @@ from tgi_cli.serve.tgi.schema import GenerateRequest
 from tgi_cli.serve.tgi.tokenize import DetokenizeRequest, chat_tokenize, detokenize, tokenize
 from tgi_cli.serve.tgi.vertex import VertexRequest, vertex
 
-_OPENAI, _TGI, _SERVER = "OpenAI", "Text Generation Inference", "Server"
+_OPENAI, _ANTHROPIC = "OpenAI", "Anthropic"
+_TGI, _SERVER = "Text Generation Inference", "Server"
 
 
 def _get(
@@ -52,13 +56,19 @@ def _generates(
 
 
 def _reads(
-    path: str, handler: Handler, body: type[msgspec.Struct], reply: Any, *, needs_key: bool = True
+    path: str,
+    handler: Handler,
+    body: type[msgspec.Struct],
+    reply: Any,
+    *,
+    needs_key: bool = True,
+    tag: str = _TGI,
 ) -> Route:
     return Route(
         method="POST",
         path=path,
         handler=handler,
-        tag=_TGI,
+        tag=tag,
         bodies=(body,),
         replies=(reply,),
         open=not needs_key,
@@ -80,6 +90,21 @@ ROUTES: Final = (
     ),
     _generates(
         "/v1/completions", completions, _OPENAI, CompletionRequest, replies=_TEXT, events=_TEXT
+    ),
+    _generates(
+        "/v1/messages",
+        create_message,
+        _ANTHROPIC,
+        MessagesRequest,
+        replies=(anthropic.Message,),
+        events=(anthropic.MessageEvent,),
+    ),
+    _reads(
+        "/v1/messages/count_tokens",
+        count_tokens,
+        CountTokensRequest,
+        anthropic.TokenCount,
+        tag=_ANTHROPIC,
     ),
     _get("/v1/models", list_models, _OPENAI, shapes.ModelsInfo),
     _get("/v1/models/{id:.+}", get_model, _OPENAI, shapes.ModelInfo),

@@ -209,14 +209,16 @@ def _part(part: ContentPart, where: str) -> str:
     )
 
 
-def stop_strings(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
+def stop_strings(
+    stop: str | list[str] | None, limit: int, *, field: str = "stop"
+) -> tuple[str, ...]:
     """Stop strings as a tuple. Raises `InvalidRequest` above `--max-stop-sequences`."""
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > limit:
         raise InvalidRequest(
-            f"`stop` supports up to {limit} stop sequences. Given: {len(stops)}",
+            f"`{field}` supports up to {limit} stop sequences. Given: {len(stops)}",
             hint="--max-stop-sequences raises the limit",
-            param="stop",
+            param=field,
         )
     return stops
 
