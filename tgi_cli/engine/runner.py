@@ -78,7 +78,9 @@ class ModelRunner:
         self.deterministic = native is not None
         self._kv_cache = kv_cache
         self._history = TokenHistory(max_rows, max_len, decoder.spec.vocab_size)
-        self._sampler = Sampler(backend.ops, max_rows, grammars)
+        self._sampler = Sampler(
+            backend.ops, max_rows, grammars, None if native is None else native.sampling
+        )
         self._prompt_logprobs = PromptLogprobs(self._history, max_rows)
         self._states: tuple[RowState, ...] = (self._history, self._sampler, self._prompt_logprobs)
         self._builder = BatchBuilder(

@@ -7,12 +7,13 @@ taken from the token history, where drafts before a logit row count like outputs
 and draws nothing.
 
 For the same reason sums over a row use `log_softmax` and sequential `cumsum`: `torch.sum` splits a
-lone row over threads and would round differently there than in a batch.
+lone row over threads and would round differently there than in a batch. Top-p weighs tokens in
+float64, where sums in another order, as a fused kernel makes them, choose the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -108,28 +109,28 @@ class Penalties:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self._repetition = np.ones(max_rows, np.float32)
-        self._frequency = np.zeros(max_rows, np.float32)
-        self._presence = np.zeros(max_rows, np.float32)
+        self.repetition = np.ones(max_rows, np.float32)
+        self.frequency = np.zeros(max_rows, np.float32)
+        self.presence = np.zeros(max_rows, np.float32)
         self._additive = np.zeros(max_rows, np.bool_)  # whether frequency or presence is set
 
     def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
         """Keep the three numbers."""
         sampling = request.sampling
-        self._repetition[row] = sampling.repetition_penalty
-        self._frequency[row] = sampling.frequency_penalty
-        self._presence[row] = sampling.presence_penalty
+        self.repetition[row] = sampling.repetition_penalty
+        self.frequency[row] = sampling.frequency_penalty
+        self.presence[row] = sampling.presence_penalty
         self._additive[row] = bool(sampling.frequency_penalty or sampling.presence_penalty)
 
     def remove(self, row: int) -> None:
         """Back to neutral."""
-        self._repetition[row] = 1.0
-        self._frequency[row] = self._presence[row] = 0.0
+        self.repetition[row] = 1.0
+        self.frequency[row] = self.presence[row] = 0.0
         self._additive[row] = False
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with any of the three."""
-        repetition: NDArray[np.bool_] = self._repetition[batch.rows] != 1.0
+        repetition: NDArray[np.bool_] = self.repetition[batch.rows] != 1.0
         return repetition | self._additive[batch.rows]
 
     def apply(self, logits: Tensor, batch: LogitRows) -> None:
@@ -138,7 +139,7 @@ class Penalties:
         self._apply_additive(logits, batch)
 
     def _apply_repetition(self, logits: Tensor, batch: LogitRows) -> None:
-        penalty = self._repetition[batch.rows]
+        penalty = self.repetition[batch.rows]
         if not (penalty != 1.0).any():
             return
         # Padding repeats a real token, and writing one value twice changes nothing.
@@ -151,8 +152,8 @@ class Penalties:
         index = np.flatnonzero(self._additive[batch.rows] & (batch.output_positions > 0))
         if not len(index):
             return
-        frequency = self._frequency[batch.rows[index]]
-        presence = self._presence[batch.rows[index]]
+        frequency = self.frequency[batch.rows[index]]
+        presence = self.presence[batch.rows[index]]
         token_ids, valid = batch.select(index).tokens(outputs_only=True)
         ids = torch.from_numpy(token_ids).to(logits.device)
         rows = torch.from_numpy(index).to(logits.device)
@@ -169,24 +170,24 @@ class Temperature:
     """Divides logits by the temperature. Greedy rows (0) and 1 are left alone."""
 
     def __init__(self, max_rows: int) -> None:
-        self._temperature = np.ones(max_rows, np.float32)
+        self.temperature = np.ones(max_rows, np.float32)
 
     def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
         """Keep the temperature, 1 for a greedy request."""
-        self._temperature[row] = request.sampling.temperature or 1.0
+        self.temperature[row] = request.sampling.temperature or 1.0
 
     def remove(self, row: int) -> None:
         """Back to 1."""
-        self._temperature[row] = 1.0
+        self.temperature[row] = 1.0
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with another temperature than 1."""
-        changed: NDArray[np.bool_] = self._temperature[batch.rows] != 1.0
+        changed: NDArray[np.bool_] = self.temperature[batch.rows] != 1.0
         return changed
 
     def apply(self, logits: Tensor, batch: LogitRows) -> None:
         """Divide."""
-        logits /= torch.from_numpy(self._temperature[batch.rows]).to(logits.device)[:, None]
+        logits /= torch.from_numpy(self.temperature[batch.rows]).to(logits.device)[:, None]
 
 
 class Truncation:
@@ -197,9 +198,9 @@ class Truncation:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self._top_k = np.zeros(max_rows, np.int64)
-        self._top_p = np.ones(max_rows, np.float64)
-        self._min_p = np.zeros(max_rows, np.float64)
+        self.top_k = np.zeros(max_rows, np.int64)
+        self.top_p = np.ones(max_rows, np.float64)
+        self.min_p = np.zeros(max_rows, np.float64)
 
     def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
         """Keep the three numbers."""
@@ -207,30 +208,30 @@ class Truncation:
         if sampling.greedy:
             self.remove(row)
             return
-        self._top_k[row] = sampling.top_k
-        self._top_p[row] = sampling.top_p
-        self._min_p[row] = sampling.min_p
+        self.top_k[row] = sampling.top_k
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
 
     def remove(self, row: int) -> None:
         """Back to neutral."""
-        self._top_k[row] = 0
-        self._top_p[row] = 1.0
-        self._min_p[row] = 0.0
+        self.top_k[row] = 0
+        self.top_p[row] = 1.0
+        self.min_p[row] = 0.0
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with any of the three."""
         return (
-            (self._top_k[batch.rows] > 0)
-            | (self._top_p[batch.rows] < 1.0)
-            | (self._min_p[batch.rows] > 0.0)
+            (self.top_k[batch.rows] > 0)
+            | (self.top_p[batch.rows] < 1.0)
+            | (self.min_p[batch.rows] > 0.0)
         )
 
     def apply(self, logits: Tensor, batch: LogitRows) -> None:
         """Set everything below each row's threshold to minus infinity."""
-        min_p = torch.from_numpy(self._min_p[batch.rows]).to(logits.device)
+        min_p = torch.from_numpy(self.min_p[batch.rows]).to(logits.device)
         # log(0) is minus infinity: no threshold.
         threshold = logits.amax(-1) + min_p.log().to(logits.dtype)
-        top_k, top_p = self._top_k[batch.rows], self._top_p[batch.rows]
+        top_k, top_p = self.top_k[batch.rows], self.top_p[batch.rows]
         index = np.flatnonzero((top_k > 0) | (top_p < 1.0))
         if len(index):
             rows = torch.from_numpy(index).to(logits.device)
@@ -273,25 +274,40 @@ class Typical:
         logits.masked_fill_(distance > ordered.gather(1, last), NEG_INF)
 
 
-def default_stages(max_rows: int, *masks: LogitsStage) -> tuple[LogitsStage, ...]:
-    """All stages in the order in which they apply.
+class Stages:
+    """All stages in the order in which they apply; iterates over them.
 
     Masks (further ones given as `masks`), bias and penalties on raw logits, then temperature,
     top-k, top-p, min-p, typical: the order of TGI's and transformers' warpers (vLLM has min-p
-    before top-k).
+    before top-k). A fused kernel may stand for those between `early` and `late`, and the draw.
     """
-    return (
-        TokenMask(max_rows),
-        *masks,
-        LogitBias(max_rows),
-        Penalties(max_rows),
-        Temperature(max_rows),
-        Truncation(max_rows),
-        Typical(max_rows),
-    )
+
+    def __init__(self, max_rows: int, *masks: LogitsStage) -> None:
+        self.early: tuple[LogitsStage, ...] = (TokenMask(max_rows), *masks, LogitBias(max_rows))
+        self.penalties = Penalties(max_rows)
+        self.temperature = Temperature(max_rows)
+        self.truncation = Truncation(max_rows)
+        self.late: tuple[LogitsStage, ...] = (Typical(max_rows),)
+        self.from_penalties: tuple[LogitsStage, ...] = (
+            self.penalties,
+            self.temperature,
+            self.truncation,
+            *self.late,
+        )
+
+    def __iter__(self) -> Iterator[LogitsStage]:
+        return iter((*self.early, *self.from_penalties))
 
 
-def apply_stages(stages: Sequence[LogitsStage], logits: Tensor, batch: LogitRows) -> bool:
+def users(stages: Iterable[LogitsStage], batch: LogitRows) -> IntArray:
+    """The logit rows that any of the stages changes, in order."""
+    active = np.zeros(len(batch), np.bool_)
+    for stage in stages:
+        active |= stage.active(batch)
+    return np.flatnonzero(active)
+
+
+def apply_stages(stages: Iterable[LogitsStage], logits: Tensor, batch: LogitRows) -> bool:
     """Run every stage on those rows of `logits` that use it; tell whether any did."""
     changed = False
     for stage in stages:
@@ -325,21 +341,27 @@ def _rank_threshold(logits: Tensor, top_k: IntArray, top_p: NDArray[np.float64])
         threshold = values.gather(1, last.clamp(max=width - 1))[:, 0]
         return threshold.masked_fill_(torch.from_numpy(~limited).to(logits.device), NEG_INF)
     mass = torch.from_numpy(top_p).to(logits.device)[:, None]
-    logprobs = torch.log_softmax(logits, -1)
+    highest = logits.amax(-1, keepdim=True).double()
+    # The whole is what top-k leaves, known once it is ranked, or everything.
+    whole = torch.full_like(highest, np.inf)
+    index = np.flatnonzero(~limited & (top_p < 1.0))
+    if len(index):
+        rows = torch.from_numpy(index).to(logits.device)
+        part = logits if len(index) == len(logits) else logits[rows]
+        whole[rows] = part.double().sub_(highest[rows]).exp_().cumsum_(-1)[:, -1:]
     width = max(width, NUCLEUS_WIDTH)
     while True:
         width = min(width, vocab_size)
-        values, ids = torch.topk(logits, width, dim=-1)
-        probs = logprobs.gather(1, ids).exp()
-        cumulative = torch.cumsum(probs, -1, dtype=torch.float64)
-        inside = (cumulative[:, -1:] >= mass) | (last < width) | (mass >= 1.0)
+        values = torch.topk(logits, width, dim=-1).values
+        weights = values.double().sub_(highest).exp_()
+        cumulative = torch.cumsum(weights, -1)
+        inside = (cumulative[:, -1:] >= mass * whole) | (last < width) | (mass >= 1.0)
         if width == vocab_size or bool(inside.all()):
             break
         width *= 8
-    # Top-p of what top-k left: its mass is the new whole.
-    kept_by_k = cumulative.gather(1, last.clamp(max=width - 1))
-    whole = torch.where(last < vocab_size - 1, kept_by_k, 1.0)
-    kept = (cumulative - probs < mass * whole).sum(-1, keepdim=True)
+    by_k = cumulative.gather(1, last.clamp(max=width - 1))
+    whole = torch.where(last < vocab_size - 1, by_k, whole)
+    kept = (cumulative - weights < mass * whole).sum(-1, keepdim=True)
     kept = torch.where(mass < 1.0, torch.minimum(kept, last + 1), last + 1).clamp_(min=1)
     threshold = values.gather(1, (kept - 1).clamp_(max=width - 1))
     return threshold.masked_fill_(kept == vocab_size, NEG_INF)[:, 0]

@@ -72,7 +72,7 @@ def test_a_row_state_that_raises_is_contained(
     def broken(row: int, request: object, output_ids: object) -> None:
         raise ZeroDivisionError
 
-    stage = runner._sampler.stages[0]
+    stage = runner._sampler.stages.penalties
     monkeypatch.setattr(stage, "add", broken)
     [output] = step_of(
         runner, [scheduled(0, 0, 2)], [enter(0, make_request([1, 2]), blocks=range(1, 9))]

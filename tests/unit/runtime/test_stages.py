@@ -18,7 +18,7 @@ from transformers import (
 
 from tgi_cli.engine.messages import Request
 from tgi_cli.engine.rows import LogitRows, TokenHistory
-from tgi_cli.engine.stages import apply_stages, default_stages
+from tgi_cli.engine.stages import Stages, apply_stages
 from tgi_cli.sampling import SamplingParams
 
 VOCAB = 1000
@@ -43,7 +43,7 @@ def request_of(
 def processed(logits: Tensor, requests: list[Request], drafts: list[list[int]] | None = None):
     """Run all stages over one row per request (1 + k with drafts)."""
     history = TokenHistory(len(requests), 64, logits.shape[-1])
-    stages = default_stages(len(requests))
+    stages = Stages(len(requests))
     for row, request in enumerate(requests):
         history.add(row, request, request.output_ids)
         for stage in stages:
@@ -218,7 +218,7 @@ def test_a_row_does_not_depend_on_its_neighbours(threads: int) -> None:
 def test_neutral_requests_touch_nothing() -> None:
     logits = logits_of(2)
     history = TokenHistory(2, 64, VOCAB)
-    stages = default_stages(2)
+    stages = Stages(2)
     for row in range(2):
         for state in (history, *stages):
             state.add(row, request_of(), OUTPUT)
@@ -226,7 +226,7 @@ def test_neutral_requests_touch_nothing() -> None:
 
 
 def test_a_removed_row_is_neutral_again() -> None:
-    stages = default_stages(1)
+    stages = Stages(1)
     history = TokenHistory(1, 64, VOCAB)
     request = request_of(**CASES["all"][0], logit_bias={1: 1.0}, min_tokens=9, presence_penalty=1.0)
     for stage in stages:

@@ -30,7 +30,9 @@ from tgi_cli.kernels.cpu.packed import (
     PackedWeight,
     interleave,
 )
+from tgi_cli.kernels.cpu.sampling import NativeSampling
 from tgi_cli.kernels.grouped import GroupedRows
+from tgi_cli.kernels.sampling import RowParameters
 
 _ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
 _MAX_HEAD_DIM = 512
@@ -133,6 +135,10 @@ class NativeStep:
     def _run(self, step: StepInput) -> None:
         self._context.step(self._program, step)
         self._vocabulary.collective.check()
+
+    def sampling(self, parameters: RowParameters) -> NativeSampling:
+        """A sampler of its logits, on the same threads."""
+        return NativeSampling(self._context, parameters)
 
     def _input(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> StepInput:
         """The one input struct, pointing to this batch; workspace is there already."""

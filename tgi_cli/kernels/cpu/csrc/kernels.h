@@ -103,6 +103,27 @@ struct Embed {
   float scale;
 };
 
+// Rows of logits to tokens. What a sequence asks for lies at its place in arrays over all sequences.
+struct Sampling {
+  float* logits;                    // [n, vocab], overwritten
+  const int64_t* rows;              // [n], places in the arrays below
+  const int64_t* history_lens;      // [n], tokens before this row
+  const int64_t* output_positions;  // [n], how many of them are outputs
+  int64_t* token_ids;               // out [n]
+  uint8_t* valid;                   // out [n]: whether the highest logit was finite, before and after
+  const int32_t* tokens;            // [places, token_stride], prompt and outputs
+  const float* repetition;          // 1: none
+  const float* frequency;           // 0: none
+  const float* presence;            // 0: none
+  const float* temperature;         // 1: none
+  const int64_t* top_k;             // 0: none
+  const double* top_p;              // 1: none
+  const double* min_p;              // 0: none
+  const int64_t* seeds;
+  const uint8_t* greedy;            // the highest logit is taken
+  int64_t n, vocab, token_stride;
+};
+
 struct Kernels {
   const char* name;
   void (*pack)(const uint16_t* w, int64_t n, int64_t k, uint16_t* out);
@@ -112,6 +133,7 @@ struct Kernels {
   void (*rope_store)(Pool&, const RopeStore&);
   void (*attention)(Pool&, const Attention&);
   void (*embed)(Pool&, const Embed&);
+  void (*sample)(Pool&, const Sampling&);
 };
 
 const Kernels* kernels_avx2();

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -21,13 +22,15 @@ namespace tgi::avx2 {
 #include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "sampling.inc.h"
 }  // namespace tgi::avx2
 #pragma GCC pop_options
 
 namespace tgi {
 const Kernels* kernels_avx2() {
   static const Kernels table = {"avx2",          avx2::pack,       avx2::pack_grouped, avx2::gemm,
-                                avx2::rms_norm, avx2::rope_store, avx2::attention,    avx2::embed};
+                                avx2::rms_norm, avx2::rope_store, avx2::attention,    avx2::embed,
+                                avx2::sample};
   return &table;
 }
 }  // namespace tgi

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -21,13 +22,15 @@ namespace tgi::avx512 {
 #include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "sampling.inc.h"
 }  // namespace tgi::avx512
 #pragma GCC pop_options
 
 namespace tgi {
 const Kernels* kernels_avx512() {
   static const Kernels table = {"avx512",          avx512::pack,       avx512::pack_grouped, avx512::gemm,
-                                avx512::rms_norm, avx512::rope_store, avx512::attention,    avx512::embed};
+                                avx512::rms_norm, avx512::rope_store, avx512::attention,    avx512::embed,
+                                avx512::sample};
   return &table;
 }
 }  // namespace tgi

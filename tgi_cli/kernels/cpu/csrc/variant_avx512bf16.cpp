@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -21,13 +22,15 @@ namespace tgi::avx512bf16 {
 #include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "sampling.inc.h"
 }  // namespace tgi::avx512bf16
 #pragma GCC pop_options
 
 namespace tgi {
 const Kernels* kernels_avx512bf16() {
   static const Kernels table = {"avx512bf16",          avx512bf16::pack,       avx512bf16::pack_grouped, avx512bf16::gemm,
-                                avx512bf16::rms_norm, avx512bf16::rope_store, avx512bf16::attention,    avx512bf16::embed};
+                                avx512bf16::rms_norm, avx512bf16::rope_store, avx512bf16::attention,    avx512bf16::embed,
+                                avx512bf16::sample};
   return &table;
 }
 }  // namespace tgi

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -21,13 +22,15 @@ namespace tgi::avx512vnni {
 #include "gemm_q.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "sampling.inc.h"
 }  // namespace tgi::avx512vnni
 #pragma GCC pop_options
 
 namespace tgi {
 const Kernels* kernels_avx512vnni() {
   static const Kernels table = {"avx512vnni",          avx512vnni::pack,       avx512vnni::pack_grouped, avx512vnni::gemm,
-                                avx512vnni::rms_norm, avx512vnni::rope_store, avx512vnni::attention,    avx512vnni::embed};
+                                avx512vnni::rms_norm, avx512vnni::rope_store, avx512vnni::attention,    avx512vnni::embed,
+                                avx512vnni::sample};
   return &table;
 }
 }  // namespace tgi
