@@ -40,47 +40,54 @@ void rms_norm(Pool& pool, const RmsNorm& a) {
   });
 }
 
-// One head: optional norm, then rotation of the first rotary_dim features (halves, as in GPT-NeoX).
-inline void rotate_head(const float* x, const float* norm, const float* cos_sin, int64_t dim, int64_t rotary,
-                        float eps, float* out) {
-  const float inverse = norm != nullptr ? 1.0f / std::sqrt(mean_square(x, dim) + eps) : 1.0f;
+// One head: optional norm, then rotation of the first rotary_dim features (halves, as in GPT-NeoX),
+// rounded to bf16. `x` is overwritten.
+inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64_t dim, int64_t rotary, float eps,
+                        bf16* out) {
   const int64_t half = rotary / 2;
-  for (int64_t i = 0; i < dim; ++i) out[i] = norm != nullptr ? x[i] * inverse * norm[i] : x[i];
-  for (int64_t i = 0; i < half; ++i) {
-    const float c = cos_sin[i], s = cos_sin[half + i];
-    const float a = out[i], b = out[i + half];
-    out[i] = std::fma(a, c, -(b * s));
-    out[i + half] = std::fma(b, c, a * s);
+  if (norm != nullptr) {
+    const vf factor = set1(1.0f / std::sqrt(mean_square(x, dim) + eps));
+    for (int64_t i = 0; i < dim; i += kLanes) store(x + i, mul(mul(load(x + i), factor), load(norm + i)));
   }
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const vf c = load(cos_sin + i), s = load(cos_sin + half + i);
+    const vf a = load(x + i), b = load(x + half + i);
+    store(x + i, fma(a, c, sub(zero(), mul(b, s))));
+    store(x + half + i, fma(b, c, mul(a, s)));
+  }
+  for (; i < half; ++i) {
+    const float c = cos_sin[i], s = cos_sin[half + i];
+    const float a = x[i], b = x[half + i];
+    x[i] = std::fma(a, c, -(b * s));
+    x[half + i] = std::fma(b, c, a * s);
+  }
+  for (i = 0; i < dim; i += kLanes) store_bf16(out + i, load(x + i));
 }
 
 void rope_store(Pool& pool, const RopeStore& a) {
-  constexpr int64_t kTokens = 4;
+  constexpr int64_t kTokens = 8;
   const int64_t dim = a.head_dim;
   const int64_t width = (a.heads + 2 * a.kv_heads) * dim;
   const int64_t block_elements = a.kv_heads * dim * kBlock;
   pool.parallel((a.tokens + kTokens - 1) / kTokens, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kTokens < a.tokens ? (item + 1) * kTokens : a.tokens;
-    float head[512];
+    bf16 head[512];
     for (int64_t t = item * kTokens; t < end; ++t) {
-      const float* qkv = a.qkv + t * width;
+      float* qkv = a.qkv + t * width;
       const float* angles = a.cos_sin + a.positions[t] * a.rotary_dim;
-      for (int64_t h = 0; h < a.heads; ++h) {
-        rotate_head(qkv + h * dim, a.q_norm, angles, dim, a.rotary_dim, a.eps, head);
-        bf16* q = a.q + (t * a.heads + h) * dim;
-        for (int64_t i = 0; i + kLanes <= dim; i += kLanes) store_bf16(q + i, load(head + i));
-      }
+      for (int64_t h = 0; h < a.heads; ++h)
+        rotate_head(qkv + h * dim, a.q_norm, angles, dim, a.rotary_dim, a.eps, a.q + (t * a.heads + h) * dim);
       const int64_t block = a.slots[t] / kBlock, at = a.slots[t] % kBlock;
       for (int64_t h = 0; h < a.kv_heads; ++h) {
         rotate_head(qkv + (a.heads + h) * dim, a.k_norm, angles, dim, a.rotary_dim, a.eps, head);
-        bf16* k = a.k_cache + block * block_elements + h * dim * kBlock;
-        for (int64_t i = 0; i < dim; i += 2) {
-          k[(i / 2 * kBlock + at) * 2] = to_bf16(head[i]);
-          k[(i / 2 * kBlock + at) * 2 + 1] = to_bf16(head[i + 1]);
-        }
+        bf16* k = a.k_cache + block * block_elements + h * dim * kBlock + at * 2;
+        for (int64_t i = 0; i < dim; i += 2) std::memcpy(k + i * kBlock, head + i, 2 * sizeof(bf16));
+        // Neighbouring tokens share the pairs of v and may be another thread's: single bf16 are stored.
         const float* value = qkv + (a.heads + a.kv_heads + h) * dim;
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(head + i, load(value + i));
         bf16* v = a.v_cache + block * block_elements + h * dim * kBlock + at / 2 * dim * 2 + at % 2;
-        for (int64_t i = 0; i < dim; ++i) v[i * 2] = to_bf16(value[i]);
+        for (int64_t i = 0; i < dim; ++i) v[i * 2] = head[i];
       }
     }
   });

@@ -26,8 +26,9 @@ inline void store_tail(const Gemm& g, int64_t row, int64_t col, const float* val
   }
 }
 
-// One row of one panel: bias, then the epilogue.
-inline void gemm_finish(const Gemm& g, int64_t row, int64_t panel, const vf* acc_in) {
+// One row of one panel: bias, then the epilogue. A call of its own: inlined into the tiles it makes the
+// compiler spill their accumulators.
+__attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, int64_t panel, const vf* acc_in) {
   constexpr int kPer = kPanel / kLanes;
   const int64_t col = panel * kPanel;
   vf acc[kPer];

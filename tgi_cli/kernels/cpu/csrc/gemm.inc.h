@@ -1,9 +1,36 @@
 // bf16 GEMM: fp32 accumulators, one chain over K for every output element whatever M is.
 // Included once per instruction set, inside its namespace.
 
+// What a tile fetches while it multiplies: from `at` on, so many cache lines for each step of the loop over
+// K as its kind takes, or always the same ones if `stride` is 0. Weights come from memory once and for
+// further row tiles from a near cache.
+struct Lookahead {
+  const char* at;
+  int64_t stride;  // bytes a step
+};
+
+template <int kLines>
+inline void look_ahead(const Lookahead& ahead, int64_t step) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines; ++i) prefetch(ahead.at + step * ahead.stride + i * 64);
+}
+
+// Lines a step: all if there are two tiles of a few rows or four of many, as is usual.
+constexpr int ahead_lines(int rows, int64_t bytes) {
+  const int64_t tiles = rows <= 4 ? 2 : 4;
+  return static_cast<int>((bytes / 64 + tiles - 1) / tiles);
+}
+
+inline Lookahead tile_ahead(const char* next, int64_t tile, int64_t steps, int64_t height, int64_t bytes, bool more) {
+  const int64_t stride = ahead_lines(static_cast<int>(height), bytes) * 64;
+  return more ? Lookahead{next + tile * steps * stride, stride} : Lookahead{next - 64, 0};
+}
+
+constexpr int64_t kAheadBytes = 4096;  // what a single row, which waits for memory alone, looks ahead
+
 // Rows of x times vectors of one or more panels; the accumulators live in registers.
 template <int kRows, int kPanels>
-inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_stride, int64_t k,
+inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_stride, int64_t k, Lookahead ahead,
                       vf (&acc)[kRows][kPanels * (kPanel / kLanes)]) {
   constexpr int kPer = kPanel / kLanes;
   constexpr int kVectors = kPanels * kPer;
@@ -17,8 +44,9 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
     for (int v = 0; v < kVectors; ++v) {
       const bf16* p = w + (v / kPer) * panel_stride + i * kPanel + (v % kPer) * kLanes * 2;
       b[v] = load_pairs(p);
-      if (kRows <= 2) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048, _MM_HINT_T0);
+      if (kRows == 1) prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
     }
+    if (kRows > 1) look_ahead<ahead_lines(kRows, kVectors * 64)>(ahead, i / 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const vi a = broadcast_pair(x + r * ldx + i);
@@ -29,42 +57,54 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
 }
 
 template <int kRows, int kPanels>
-inline void gemm_rows(const Gemm& g, int64_t row, int64_t panel) {
+inline void gemm_rows(const Gemm& g, int64_t row, int64_t panel, Lookahead ahead) {
   constexpr int kPer = kPanel / kLanes;
-  vf acc[kRows][kPanels * kPer];
+  vf acc[kRows][kPanels * kPer], whole[kRows][kPanels * kPer];
   const int64_t k = g.w.k;
   const bf16* w = static_cast<const bf16*>(g.w.data) + panel * k * kPanel;
-  gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, w, k * kPanel, k, acc);
+  gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, w, k * kPanel, k, ahead, acc);
 #pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)  // a copy in memory, so that the accumulators need not be there
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanels * kPer; ++v) whole[r][v] = acc[r][v];
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int p = 0; p < kPanels; ++p) gemm_finish(g, row + r, panel + p, acc[r] + p * kPer);
+    for (int p = 0; p < kPanels; ++p) gemm_finish(g, row + r, panel + p, whole[r] + p * kPer);
 }
 
 constexpr int kMaxRows = TGI_ISA >= 2 ? 6 : 2;
 constexpr int kGroup = TGI_ISA >= 2 ? 2 : 1;  // panels per tile: 24 of 32, or 8 of 16 registers
 
+// `more`: the panels behind these are this thread's next work.
 template <int kPanels>
-inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel) {
-  const int64_t end = row + rows;
-  for (; row + kMaxRows <= end; row += kMaxRows) gemm_rows<kMaxRows, kPanels>(g, row, panel);
-  switch (end - row) {
-    case 1: gemm_rows<1, kPanels>(g, row, panel); break;
+inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel, bool more) {
+  // Tiles of nearly equal heights: 8 rows are 4 and 4 and not 6 and 2.
+  const int64_t all = (rows + kMaxRows - 1) / kMaxRows;
+  const int64_t steps = g.w.k / 2;
+  const char* next = static_cast<const char*>(g.w.data) + (panel + kPanels) * g.w.k * kPanel * 2;
+  for (int64_t tile = 0; tile < all; ++tile) {
+    const int64_t height = (rows + all - tile - 1) / (all - tile);
+    const Lookahead ahead = tile_ahead(next, tile, steps, height, kPanels * kPanel * 4, more);
+    switch (height) {
+      case 1: gemm_rows<1, kPanels>(g, row, panel, ahead); break;
+      case 2: gemm_rows<2, kPanels>(g, row, panel, ahead); break;
 #if TGI_ISA >= 2
-    case 2: gemm_rows<2, kPanels>(g, row, panel); break;
-    case 3: gemm_rows<3, kPanels>(g, row, panel); break;
-    case 4: gemm_rows<4, kPanels>(g, row, panel); break;
-    case 5: gemm_rows<5, kPanels>(g, row, panel); break;
+      case 3: gemm_rows<3, kPanels>(g, row, panel, ahead); break;
+      case 4: gemm_rows<4, kPanels>(g, row, panel, ahead); break;
+      case 5: gemm_rows<5, kPanels>(g, row, panel, ahead); break;
+      case 6: gemm_rows<6, kPanels>(g, row, panel, ahead); break;
 #endif
-    default: break;
+      default: break;
+    }
+    row += height;
+    rows -= height;
   }
 }
 
 inline void gemm_bf16(Pool& pool, const Gemm& g) {
   split_work(pool, g, kMaxRows * 16, kGroup, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     const int64_t end = panel + panels;
-    for (; panel + kGroup <= end; panel += kGroup) gemm_block<kGroup>(g, row, rows, panel);
-    if (panel < end) gemm_block<1>(g, row, rows, panel);
+    for (; panel + kGroup <= end; panel += kGroup) gemm_block<kGroup>(g, row, rows, panel, panel + kGroup < end);
+    if (panel < end) gemm_block<1>(g, row, rows, panel, false);
   });
 }
 

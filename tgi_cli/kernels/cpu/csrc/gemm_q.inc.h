@@ -86,18 +86,20 @@ inline void quantize_group(const bf16* x, Activations* out) {
 
 // kVectors of a panel's outputs, beginning at vector `first`, for kRows rows.
 template <class G, int kRows, int kVectors>
-inline void grouped_tile(const Activations* x, int64_t groups, const uint8_t* w, int first,
+inline void grouped_tile(const Activations* x, int64_t groups, const uint8_t* w, int first, Lookahead ahead,
                          vf (&acc)[kRows][kVectors]) {
   constexpr int kRuns = 8 / G::kParts;  // of four inputs
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) acc[r][v] = zero();
-  for (int64_t g = 0; g < groups; ++g, w += G::kGroupBytes, ++x) {
-    if (kRows <= 2) {
+  for (int64_t left = groups; left > 0; --left, w += G::kGroupBytes, ++x) {
+    if (kRows == 1) {
 #pragma GCC unroll 32
       for (int64_t line = 0; line < G::kGroupBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(w) + 2048 + line, _MM_HINT_T0);
+        prefetch(reinterpret_cast<const char*>(w) + kAheadBytes + line);
+    } else {
+      look_ahead<ahead_lines(kRows, G::kGroupBytes)>(ahead, groups - left);
     }
 #pragma GCC unroll 2
     for (int part = 0; part < G::kParts; ++part) {
@@ -165,7 +167,7 @@ constexpr int kQuantRows = TGI_ISA >= 2 ? 6 : 2;
 constexpr int kQuantVectors = 2;  // with kQuantRows: 24 of 32, or 8 of 16 registers are accumulators
 
 template <class G, int kRows>
-inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64_t panel) {
+inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64_t panel, Lookahead ahead) {
   constexpr int kPer = kPanel / kLanes;
   const int64_t groups = g.w.k / kQuantGroup;
   const uint8_t* w = static_cast<const uint8_t*>(g.w.data) + panel * groups * G::kGroupBytes;
@@ -173,7 +175,7 @@ inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64
 #pragma GCC unroll 4
   for (int first = 0; first < kPer; first += kQuantVectors) {
     vf acc[kRows][kQuantVectors];
-    grouped_tile<G, kRows, kQuantVectors>(x + row * groups, groups, w, first, acc);
+    grouped_tile<G, kRows, kQuantVectors>(x + row * groups, groups, w, first, ahead, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
@@ -183,19 +185,24 @@ inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64
   for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel, whole[r]);
 }
 
+// `more`: the next panel is this thread's next work.
 template <class G>
-inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int64_t rows, int64_t panel) {
+inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int64_t rows, int64_t panel, bool more) {
   // Tiles of nearly equal heights: 8 rows are 4 and 4 and not 6 and 2.
-  for (int64_t tiles = (rows + kQuantRows - 1) / kQuantRows; tiles > 0; --tiles) {
-    const int64_t height = (rows + tiles - 1) / tiles;
+  const int64_t all = (rows + kQuantRows - 1) / kQuantRows;
+  const int64_t groups = g.w.k / kQuantGroup;
+  const char* next = static_cast<const char*>(g.w.data) + (panel + 1) * groups * G::kGroupBytes;
+  for (int64_t tile = 0; tile < all; ++tile) {
+    const int64_t height = (rows + all - tile - 1) / (all - tile);
+    const Lookahead ahead = tile_ahead(next, tile, groups, height, G::kGroupBytes, more);
     switch (height) {
-      case 1: grouped_rows<G, 1>(g, x, row, panel); break;
-      case 2: grouped_rows<G, 2>(g, x, row, panel); break;
+      case 1: grouped_rows<G, 1>(g, x, row, panel, ahead); break;
+      case 2: grouped_rows<G, 2>(g, x, row, panel, ahead); break;
 #if TGI_ISA >= 2
-      case 3: grouped_rows<G, 3>(g, x, row, panel); break;
-      case 4: grouped_rows<G, 4>(g, x, row, panel); break;
-      case 5: grouped_rows<G, 5>(g, x, row, panel); break;
-      case 6: grouped_rows<G, 6>(g, x, row, panel); break;
+      case 3: grouped_rows<G, 3>(g, x, row, panel, ahead); break;
+      case 4: grouped_rows<G, 4>(g, x, row, panel, ahead); break;
+      case 5: grouped_rows<G, 5>(g, x, row, panel, ahead); break;
+      case 6: grouped_rows<G, 6>(g, x, row, panel, ahead); break;
 #endif
       default: break;
     }
@@ -216,7 +223,8 @@ inline void gemm_grouped(Pool& pool, const Gemm& g, G) {
         quantize_group<G>(g.x + row * g.ldx + i * kQuantGroup, x + row * groups + i);
   });
   split_work(pool, g, kQuantRows * 16, 1, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-    for (int64_t end = panel + panels; panel < end; ++panel) grouped_block<G>(g, x, row, rows, panel);
+    for (int64_t end = panel + panels; panel < end; ++panel)
+      grouped_block<G>(g, x, row, rows, panel, panel + 1 < end);
   });
 }
 

@@ -69,7 +69,7 @@ struct RmsNorm {
 };
 
 struct RopeStore {
-  const float* qkv;           // [tokens, (heads + 2 * kv_heads) * head_dim]
+  float* qkv;                 // [tokens, (heads + 2 * kv_heads) * head_dim]; overwritten
   const float* cos_sin;       // [max_position, head_dim]: cos of rotary_dim / 2 angles, then sin
   const float* q_norm;        // [head_dim] or null
   const float* k_norm;        // [head_dim] or null

@@ -28,6 +28,8 @@ namespace tgi::TGI_NS {
 
 using bf16 = uint16_t;
 
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 inline float to_float(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float f;
@@ -274,6 +276,21 @@ inline vf exp(vf x) {
 #else
   return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), value);
 #endif
+}
+
+// 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.
+inline vf exp2(vf x) {
+#if TGI_ISA < 2
+  x = max(x, set1(-127.0f));
+#endif
+  const vf n = round_even(x);
+  const vf r = sub(x, n);
+  vf p = set1(1.326472731e-03f);
+  p = fma(p, r, set1(9.671512991e-03f));
+  p = fma(p, r, set1(5.550733581e-02f));
+  p = fma(p, r, set1(2.402224243e-01f));
+  p = fma(p, r, set1(6.931470037e-01f));
+  return scale_by_power(fma(p, r, set1(1.0f)), n);
 }
 
 }  // namespace tgi::TGI_NS
