@@ -112,7 +112,23 @@ def test_plain_checkpoints_are_dense(tmp_path: Path) -> None:
     for config in ({}, {"quantization_config": None}, {"quantization_config": {}}):
         form = detect(config, source)
         assert isinstance(form, DenseFormat)
-        assert form.covers("w")
+        assert form.covers(source, "w")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method"),
+    [
+        ({"quant_method": "aqlm", "bits": 4}, "aqlm"),
+        ({"quant_method": "exl2"}, "exl2"),
+        ({"bits": 4}, "unnamed"),
+        ("hqq", "hqq"),
+    ],
+)
+def test_unsupported_methods_are_named_with_the_way_out(quantization: Any, method: str) -> None:
+    source = StoredTensors(w=matrix(2, 2))
+    with pytest.raises(UnsupportedModel, match=rf"`{method}`.*GGUF") as raised:
+        detect({"quantization_config": quantization}, source)
+    assert "unquantized" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +137,11 @@ def test_plain_checkpoints_are_dense(tmp_path: Path) -> None:
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "fp8"}, "fp8"),
         ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"bits": 4}, "unnamed"),
-        ("awq", "awq"),
+        ({"bits": 4, "group_size": 128}, "gptq"),
+        ({"w_bit": 4, "q_group_size": 128}, "awq"),
     ],
 )
-def test_unsupported_methods_are_named_with_the_way_out(quantization: Any, method: str) -> None:
+def test_a_method_by_which_nothing_is_stored(quantization: Any, method: str) -> None:
     source = StoredTensors(w=matrix(2, 2))
-    with pytest.raises(UnsupportedModel, match=rf"`{method}`.*GGUF") as raised:
+    with pytest.raises(CheckpointError, match=rf"`{method}`, but no tensor"):
         detect({"quantization_config": quantization}, source)
-    assert "unquantized" in str(raised.value.hint)

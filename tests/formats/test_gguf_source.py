@@ -86,7 +86,7 @@ def test_matrices_load_through_the_format(name: str, llama: TinyModel, tmp_path:
     source = GgufSource(path)
     form = detect({}, source)
     assert isinstance(form, GgufFormat)
-    assert form.covers("model.layers.0.self_attn.o_proj.weight")
+    assert form.covers(source, "model.layers.0.self_attn.o_proj.weight")
     key = "model.layers.0.self_attn.o_proj.weight"
     assert source.stored_dtype(key) == name
     whole = form.load(source, key, WHOLE, torch.bfloat16)

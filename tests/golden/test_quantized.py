@@ -26,7 +26,7 @@ from tgi_cli.kernels.cpu.packed import PackedWeight
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.decoder import Decoder
 from tgi_cli.quantize.formats.dense import DenseWeight
-from tgi_cli.quantize.formats.gguf import BlockWeight
+from tgi_cli.quantize.formats.packed import GroupedWeight
 
 LOADED = library.load()
 VARIANTS = LOADED.variants() if LOADED else []
@@ -85,7 +85,7 @@ def test_matrices_are_packed_as_their_types_allow(tmp_path: Path) -> None:
     decoder = Decoder.build(checkpoint, backend, torch.bfloat16)
     layer = decoder.layers[0]
     assert isinstance(layer.attention.qkv.weight, DenseWeight)  # of two schemes
-    assert isinstance(layer.mlp.gate_up.weight, BlockWeight)
+    assert isinstance(layer.mlp.gate_up.weight, GroupedWeight)
     backend.plan(decoder, 16)
     weights = [
         each

@@ -24,7 +24,7 @@ from tgi_cli.kernels.collective import Collective
 from tgi_cli.kernels.cpu import library
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.decoder import Decoder
-from tgi_cli.quantize.formats.gguf import BlockWeight
+from tgi_cli.quantize.formats.packed import GroupedWeight
 
 TOKENS = torch.randint(3, 500, (43,), generator=torch.Generator().manual_seed(7)).tolist()
 OTHERS = torch.randint(3, 500, (29,), generator=torch.Generator().manual_seed(8)).tolist()
@@ -128,7 +128,7 @@ def test_blocks_stay_packed_on_ranks(
         decoder = Decoder.build(checkpoint, backend, torch.bfloat16)
         for layer in decoder.layers:
             for linear in (layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
-                assert isinstance(linear.weight, BlockWeight)
+                assert isinstance(linear.weight, GroupedWeight)
         step = backend.plan(decoder, 16)
         assert step is not None
         stepped = Stepped(step, decoder)

@@ -24,7 +24,6 @@ from tgi_cli.model.spec import DecoderSpec, DynamicScaling
 from tgi_cli.model.weights import SafetensorsSource
 from tgi_cli.quantize.formats import detect
 from tgi_cli.quantize.formats.base import Format, TensorSource
-from tgi_cli.quantize.formats.gguf import GgufFormat
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,6 +31,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,22 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Elements of all tensors the decoder uses; a tied head counts once."""
-        return sum(math.prod(self.source.shape(key)) for key in self._used())
+        return sum(math.prod(self.format.shape(self.source, key)) for key in self._used())
 
     @property
     def quantized(self) -> bool:
         """Whether matrices are stored in groups of integers that native kernels can multiply."""
-        source = self.source
-        return isinstance(source, GgufSource) and any(
-            source.block_type(key).scheme is not None for key in self._used()
-        )
+        packing = self.format.packing()
+        return any(packing.scheme(self.source, [key]) for key in self._used())
 
     @property
     def keeps_blocks(self) -> bool:
         """Whether such matrices stay as they are, and activations are rounded to int8 for them."""
-        return isinstance(self.format, GgufFormat) and self.format.keep_blocks
+        return self.format.packs
 
     def keeping_blocks(self) -> Checkpoint:
         """The same checkpoint with its quantized matrices left as stored."""
-        return replace(self, format=GgufFormat(keep_blocks=True)) if self.quantized else self
+        return replace(self, format=self.format.packing()) if self.quantized else self
 
     def partition(self, rank: int, world_size: int) -> Partition:
         """What rank `rank` of `world_size` holds.
@@ -124,12 +122,10 @@ class Checkpoint:
         return stacks + [[key] for key in left]
 
     def _stacked_bytes(self, keys: list[str], dtype: torch.dtype, part: Partition) -> int:
-        shapes = [part.shape(key, self.source.shape(key)) for key in keys]
-        if isinstance(self.format, GgufFormat) and len(shapes[0]) == 2:
-            scheme = self.format.common_scheme(self.source, keys)
-            if scheme is not None:
-                rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-                return matrix_bytes(scheme, rows, columns)
+        shapes = [part.shape(key, self.format.shape(self.source, key)) for key in keys]
+        scheme = self.format.scheme(self.source, keys) if len(shapes[0]) == 2 else None
+        if scheme is not None:
+            return matrix_bytes(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
         return sum(map(math.prod, shapes)) * dtype.itemsize
 
     def for_length(self, length: int) -> Checkpoint:
@@ -153,7 +149,7 @@ class Checkpoint:
     def _used(self) -> list[str]:
         names = self.spec.names
         unneeded = {names.head} if self.spec.tied_head else set()
-        stored = set(self.source.keys()) - unneeded
+        stored = set(self.format.names(self.source)) - unneeded
         return sorted(key for key in stored if not key.endswith(names.ignored))
 
 
@@ -169,6 +165,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         raise CheckpointError(f"`{path}` does not exist")
     if location.is_dir():
         config = _read_json(location / "config.json")
+        config = _with_quantization(config, location)
         generation_config = _read_json(location / "generation_config.json", optional=True)
         source: TensorSource = SafetensorsSource(location)
     elif location.suffix == ".gguf":
@@ -198,6 +195,17 @@ def _stored_dtype(source: TensorSource, key: str) -> torch.dtype:
     if isinstance(source, SafetensorsSource) and key in source:
         return _DTYPES.get(source.stored_dtype(key), torch.bfloat16)
     return torch.bfloat16
+
+
+def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add what older tools wrote into a file of its own."""
+    if config.get("quantization_config") or config.get("compression_config"):
+        return config
+    for name in _QUANTIZATION_FILES:
+        found = _read_json(folder / name, optional=True)
+        if found:
+            return {**config, "quantization_config": found}
+    return config
 
 
 def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -34,7 +34,7 @@ BOOKKEEPING = frozenset(
         # Dropout is training's; there is none at inference.
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
         # Read by `quantize.formats.detect`, which refuses methods it does not know.
-        "quantization_config",
+        *("quantization_config", "compression_config"),
         # Marks of fine-tuning tools.
         *("unsloth_version", "unsloth_fixed"),
     }

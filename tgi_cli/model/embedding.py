@@ -12,7 +12,7 @@ from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.linear import Linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.spec import DecoderSpec
-from tgi_cli.quantize.formats.gguf import BlockWeight
+from tgi_cli.quantize.formats.base import TableWeight
 
 
 class Embedding:
@@ -37,7 +37,7 @@ class BlockEmbedding:
     """A token table that stays as stored; rows are decoded when they are looked up."""
 
     def __init__(
-        self, ops: Ops, weight: BlockWeight, scale: float | None, dtype: torch.dtype
+        self, ops: Ops, weight: TableWeight, scale: float | None, dtype: torch.dtype
     ) -> None:
         self.ops = ops
         self.weight = weight
@@ -73,7 +73,7 @@ Head = Linear | TiedHead
 def load_embedding(loader: Loader, spec: DecoderSpec) -> AnyEmbedding:
     """Read the table; it stays in blocks if the format keeps them."""
     name, rows, columns = spec.names.embedding, spec.vocab_size, spec.hidden_size
-    weight = loader.blocks(name, rows, columns)
+    weight = loader.packed_table(name, rows, columns)
     if weight is not None:
         return BlockEmbedding(loader.ops, weight, spec.embedding_scale, loader.dtype)
     return Embedding(loader.ops, loader.table(name, rows, columns), spec.embedding_scale)
@@ -100,7 +100,7 @@ def _rounded(scale: float | None, dtype: torch.dtype) -> float | None:
 
 def _repeats(loader: Loader, name: str, spec: DecoderSpec) -> bool:
     source = loader.source
-    if source.shape(name) != source.shape(spec.names.embedding):
+    if name not in source or source.shape(name) != source.shape(spec.names.embedding):
         return False
     shard = loader.partition.shard(name)
     return torch.equal(source.read(name, shard), source.read(spec.names.embedding, shard))

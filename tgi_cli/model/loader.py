@@ -6,6 +6,7 @@ Reads tensor by tensor, so that a checkpoint is never in memory twice. Knows no 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,8 +16,10 @@ from tgi_cli.errors import CheckpointError
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.partition import Partition
-from tgi_cli.quantize.formats.base import Format, TensorSource, Weight
-from tgi_cli.quantize.formats.gguf import BlockWeight, GgufFormat
+from tgi_cli.quantize.formats.base import Format, TableWeight, TensorSource, Weight
+from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
+
+log = logging.getLogger(__name__)
 
 _MISFIT = "the weights and `config.json` do not belong together, or the download is incomplete"
 
@@ -45,7 +48,9 @@ class Loader:
         self.partition = partition
         self.collective = backend.collective
         self._progress = progress
+        self._names = set(format.names(source))
         self._used: set[str] = set()
+        self._decoded = 0  # matrices that were packed and now are dense
         self._bytes_done = 0
         self._bytes_total = sum(map(source.nbytes, source.keys())) or 1
 
@@ -57,17 +62,12 @@ class Loader:
         """A matrix that is looked up, not multiplied: [rows, columns] in the model's dtype."""
         return self._tensor(name, (rows, columns), self.dtype)
 
-    def blocks(self, name: str, rows: int, columns: int) -> BlockWeight | None:
-        """A matrix as it is stored, if the format keeps it so; None, and nothing read, if not."""
-        format = self.format
-        if not isinstance(format, GgufFormat) or not format.keep_blocks:
-            return None
+    def packed_table(self, name: str, rows: int, columns: int) -> TableWeight | None:
+        """A token table, or this rank's rows, as the format packs it; None if it does not."""
         self._check(name, (rows, columns))
-        if format.common_scheme(self.source, [name]) is None:
-            return None
-        weight = format.load(self.source, name, self.partition.shard(name), self.dtype)
-        assert isinstance(weight, BlockWeight)
-        self._done(name)
+        weight = self.format.table(self.source, name, self.partition.shard(name), self.dtype)
+        if weight is not None:
+            self._done(name)
         return weight
 
     def matrix(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
@@ -79,12 +79,15 @@ class Loader:
             parts.append(self.format.load(self.source, name, shard, self.dtype))
             self._done(name)
         weight = self.format.fuse(parts) if len(parts) > 1 else parts[0]
+        if isinstance(weight, DenseWeight):
+            covered = (self.format.covers(self.source, name) for name in names)
+            self._decoded += sum(covered) if self.format.name != DenseFormat.name else 0
         out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
         return weight.prepare(self.ops, out)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds `name`."""
-        return name in self.source
+        return name in self._names
 
     def skip(self, name: str) -> None:
         """Count a tensor as used that is known to add nothing."""
@@ -96,13 +99,22 @@ class Loader:
         Raises:
             CheckpointError: tensors are left over, so the model is not the one described.
         """
-        unused = set(self.source.keys()) - self._used
+        unused = self._names - self._used
         left = sorted(key for key in unused if not key.endswith(tuple(ignored)))
         if left:
             shown = ", ".join(f"`{key}`" for key in left[:4]) + (", …" if len(left) > 4 else "")
             raise CheckpointError(
                 f"{len(left)} tensors of the checkpoint have no place in the model: {shown}",
                 hint="`config.json` describes another model than the one stored here",
+            )
+        if self._decoded:
+            log.warning(
+                "%d matrices of this %s checkpoint are decoded to %s, as no kernel here "
+                "multiplies them in their form; they take %d bits per weight",
+                self._decoded,
+                self.format.name,
+                str(self.dtype).removeprefix("torch."),
+                self.dtype.itemsize * 8,
             )
         if self._progress is not None:
             self._progress(1.0)
@@ -116,17 +128,18 @@ class Loader:
         return tensor.contiguous()
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self.source:
+        if name not in self._names:
             raise CheckpointError(f"tensor `{name}` is missing from the checkpoint", hint=_MISFIT)
-        stored = self.source.shape(name)
+        stored = self.format.shape(self.source, name)
         if stored != shape:
+            first = self.format.tensors(self.source, name)[0]
             raise CheckpointError(
-                f"tensor `{name}` has shape {stored}, but `config.json` asks for {shape}",
+                f"tensor `{first}` has shape {stored}, but `config.json` asks for {shape}",
                 hint=_MISFIT,
             )
 
     def _done(self, name: str) -> None:
         self._used.add(name)
-        self._bytes_done += self.source.nbytes(name)
+        self._bytes_done += sum(map(self.source.nbytes, self.format.tensors(self.source, name)))
         if self._progress is not None:
             self._progress(min(1.0, self._bytes_done / self._bytes_total))

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tgi_cli.kernels.grouped import GroupScheme
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -84,17 +86,57 @@ class Weight(Protocol):
         ...
 
 
+class TableWeight(Weight, Protocol):
+    """A matrix whose rows can also be looked up: the token table."""
+
+    def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows: [n] int64 -> [n, in_features]."""
+        ...
+
+
 class Format(Protocol):
-    """How the matrices of one checkpoint are stored."""
+    """How the matrices of one checkpoint are stored.
+
+    A matrix is known by the name it has in the dense model (`….weight`), whatever tensors it is
+    stored in. `packs` says whether matrices stay as stored where a kernel multiplies them so; else
+    they are decoded when they are loaded.
+    """
 
     name: str
+    packs: bool
 
-    def covers(self, key: str) -> bool:
-        """Whether the tensor `key` (`….weight`) is stored in this format."""
+    def packing(self) -> Format:
+        """The same format with `packs` on."""
+        ...
+
+    def names(self, source: TensorSource) -> list[str]:
+        """What the model would call the stored tensors: a packed matrix counts as one."""
+        ...
+
+    def covers(self, source: TensorSource, key: str) -> bool:
+        """Whether the matrix `key` is stored in this format, and not plainly."""
+        ...
+
+    def tensors(self, source: TensorSource, key: str) -> tuple[str, ...]:
+        """The stored tensors that make up `key`."""
+        ...
+
+    def shape(self, source: TensorSource, key: str) -> tuple[int, ...]:
+        """Logical shape of `key`."""
+        ...
+
+    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+        """What these matrices will be held in once stacked; None if they become dense."""
         ...
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """Read one matrix, or a shard of it; `dtype` is that of the activations."""
+        ...
+
+    def table(
+        self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype
+    ) -> TableWeight | None:
+        """A token table that stays packed; None, and nothing read, where it is to be dense."""
         ...
 
     def column_unit(self, source: TensorSource, key: str) -> int:

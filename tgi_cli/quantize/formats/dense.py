@@ -46,10 +46,35 @@ class DenseFormat:
     """Matrices stored in a float dtype, held in the dtype of the activations."""
 
     name = "dense"
+    packs = False
 
-    def covers(self, key: str) -> bool:
+    def packing(self) -> DenseFormat:
+        """Nothing can be packed."""
+        return self
+
+    def names(self, source: TensorSource) -> list[str]:
+        """Tensors are stored under their names."""
+        return list(source.keys())
+
+    def covers(self, source: TensorSource, key: str) -> bool:
         """Every tensor can be dense."""
         return True
+
+    def tensors(self, source: TensorSource, key: str) -> tuple[str, ...]:
+        """A matrix is one tensor."""
+        return (key,)
+
+    def shape(self, source: TensorSource, key: str) -> tuple[int, ...]:
+        """As stored."""
+        return source.shape(key)
+
+    def scheme(self, source: TensorSource, keys: Sequence[str]) -> None:
+        """Dense matrices have none."""
+        return
+
+    def table(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> None:
+        """Token tables are read as they are."""
+        return
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> DenseWeight:
         """Read one matrix, or a shard of it, into memory of its own in `dtype`.

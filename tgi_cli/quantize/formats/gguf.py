@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from torch import Tensor
 from tgi_cli.errors import CheckpointError
 from tgi_cli.kernels.grouped import Grouped, GroupScheme
 from tgi_cli.quantize.formats.base import WHOLE, Shard, TensorSource, Weight
-from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
+from tgi_cli.quantize.formats.dense import DenseWeight
 from tgi_cli.quantize.formats.gguf_blocks import BlockType, dequantize, regroup
-
-#: Inputs that native kernels take at once; groups of every scheme divide it.
-_RUN = 32
+from tgi_cli.quantize.formats.packed import RUN, GroupedTable, GroupedWeight, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,70 +92,66 @@ class PackedSource(Protocol):
         ...
 
 
-class BlockWeight:
-    """Matrices of one scheme, stacked along the output and kept as stored.
+class BlockMatrix:
+    """A matrix of blocks as stored (`packed.StoredMatrix`)."""
 
-    Made for a backend that packs it (`kernels.grouped.GroupedRows`). Until then it multiplies by
-    decoding itself each time, which is right and slow.
-    """
+    group = 1
 
-    def __init__(self, parts: Sequence[PackedTensor], scheme: GroupScheme) -> None:
-        self.parts = tuple(parts)
-        self.scheme = scheme
-        self.in_features = parts[0].shape[1]
-        self.out_features = sum(part.shape[0] for part in parts)
-        self.nbytes = sum(part.data.nbytes for part in parts)
+    def __init__(self, packed: PackedTensor) -> None:
+        self.packed = packed
+        self.out_features, self.in_features = packed.shape
+        self.nbytes = packed.data.nbytes
+        self.scheme = packed.kind.scheme
 
-    def matmul(self, x: Tensor, ops: Any) -> Tensor:
-        """Decode, then multiply [tokens, in_features] to [tokens, out_features] in x's dtype."""
-        product: Tensor = ops.linear(x, self.dequantize().to(x.dtype))
-        return product
-
-    def prepare(self, ops: Any, out: Tensor | None = None) -> Weight:
-        """Return self, or the dense matrix if there is a place for it."""
-        return self if out is None else DenseWeight(out.copy_(self.dequantize()))
-
-    def dequantize(self) -> Tensor:
-        """Return the dense matrix in float32, exact."""
-        return torch.cat([part.unpack() for part in self.parts])
+    def decode(self, start: int, end: int) -> Tensor:
+        """Rows in float32, exact."""
+        packed = self.packed
+        return dequantize(packed.data[start:end], packed.kind, columns=packed.columns)
 
     def rows(self, start: int, end: int) -> Grouped:
-        """Codes and scales of rows `start` up to `end`."""
-        found = []
-        for part in self.parts:
-            size = part.shape[0]
-            if start < size and end > 0:
-                found.append(part.regroup(max(start, 0), min(end, size)))
-            start, end = start - size, end - size
-        if len(found) == 1:
-            return found[0]
-        minima = [rows.minima for rows in found if rows.minima is not None]
-        return Grouped(
-            torch.cat([rows.codes for rows in found]),
-            torch.cat([rows.scales for rows in found]),
-            torch.cat(minima) if minima else None,
-        )
+        """Codes and scales of rows."""
+        return self.packed.regroup(start, end)
 
-    def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Decode some rows: [n] int64 -> [n, in_features]."""
-        (part,) = self.parts
-        return dequantize(part.data[indices], part.kind, dtype, part.columns)
+    def gather(self, indices: Tensor) -> Tensor:
+        """Decode some rows: [n] int64 -> [n, in_features] float32."""
+        packed = self.packed
+        return dequantize(packed.data[indices], packed.kind, columns=packed.columns)
 
 
 class GgufFormat:
-    """All matrices of a GGUF file, whatever mixture of block types they use.
-
-    `keep_blocks` leaves those as stored that a native kernel can multiply (`BlockWeight`).
-    """
+    """All matrices of a GGUF file, whatever mixture of block types they use."""
 
     name = "gguf"
 
-    def __init__(self, *, keep_blocks: bool = False) -> None:
-        self.keep_blocks = keep_blocks
+    def __init__(self, *, packs: bool = False) -> None:
+        self.packs = packs
 
-    def covers(self, key: str) -> bool:
+    def packing(self) -> GgufFormat:
+        """See `Format.packing`."""
+        return GgufFormat(packs=True)
+
+    def names(self, source: TensorSource) -> list[str]:
+        """The source has translated them."""
+        return list(source.keys())
+
+    def covers(self, source: TensorSource, key: str) -> bool:
         """Every tensor of a GGUF file is stored as one of its types."""
         return True
+
+    def tensors(self, source: TensorSource, key: str) -> tuple[str, ...]:
+        """A matrix is one tensor."""
+        return (key,)
+
+    def shape(self, source: TensorSource, key: str) -> tuple[int, ...]:
+        """Logical shape."""
+        return source.shape(key)
+
+    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+        """What `fuse` will keep these matrices in; None if they become dense."""
+        if not self.packs or not isinstance(source, PackedSource):
+            return None
+        schemes = {source.block_type(key).scheme for key in keys}
+        return schemes.pop() if len(schemes) == 1 else None
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """Read one matrix, or a shard of it: as blocks if they are kept, else dense in `dtype`.
@@ -165,42 +159,36 @@ class GgufFormat:
         Raises:
             CheckpointError: the source is no GGUF file, or the tensor is missing or no matrix.
         """
-        if not isinstance(source, PackedSource):
-            raise CheckpointError(f"`{key}` is to be read as GGUF blocks but is not in a GGUF file")
-        packed = source.packed(key)
-        if len(packed.shape) != 2:
-            raise CheckpointError(
-                f"tensor `{key}` has shape {packed.shape}, but a matrix is needed here",
-                hint="the file is damaged or was made by an incompatible converter",
-            )
-        scheme = self._scheme(packed.kind)
-        if scheme is not None:
-            return BlockWeight([packed.shard(shard)], scheme)
+        packed = _matrix(source, key)
+        if self.packs and packed.kind.scheme is not None:
+            return GroupedWeight([BlockMatrix(packed.shard(shard))], dtype)
         return DenseWeight(packed.unpack(dtype, shard))
+
+    def table(
+        self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype
+    ) -> GroupedTable | None:
+        """A table that stays in blocks, if blocks are kept."""
+        if self.scheme(source, [key]) is None:
+            return None
+        matrix = BlockMatrix(_matrix(source, key).shard(shard))
+        return GroupedTable(matrix, matrix, dtype)
 
     def column_unit(self, source: TensorSource, key: str) -> int:
         """Blocks that are kept are cut between runs of inputs, others anywhere."""
-        assert isinstance(source, PackedSource)
-        return 1 if self._scheme(source.block_type(key)) is None else _RUN
+        return 1 if self.scheme(source, [key]) is None else RUN
 
     def fuse(self, parts: Sequence[Weight]) -> Weight:
         """Stack matrices of equal `in_features`; those of different schemes become dense."""
-        blocks = [part for part in parts if isinstance(part, BlockWeight)]
-        if len(blocks) == len(parts) and len({part.scheme for part in blocks}) == 1:
-            return BlockWeight([each for part in blocks for each in part.parts], blocks[0].scheme)
-        # Blocks are kept for activations of bfloat16 alone.
-        return DenseFormat().fuse(
-            [
-                DenseWeight(part.dequantize().bfloat16()) if isinstance(part, BlockWeight) else part
-                for part in parts
-            ]
+        return stack(parts)
+
+
+def _matrix(source: TensorSource, key: str) -> PackedTensor:
+    if not isinstance(source, PackedSource):
+        raise CheckpointError(f"`{key}` is to be read as GGUF blocks but is not in a GGUF file")
+    packed = source.packed(key)
+    if len(packed.shape) != 2:
+        raise CheckpointError(
+            f"tensor `{key}` has shape {packed.shape}, but a matrix is needed here",
+            hint="the file is damaged or was made by an incompatible converter",
         )
-
-    def common_scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
-        """What `fuse` will keep these matrices in; None if they become dense."""
-        assert isinstance(source, PackedSource)
-        schemes = {self._scheme(source.block_type(key)) for key in keys}
-        return schemes.pop() if len(schemes) == 1 else None
-
-    def _scheme(self, kind: BlockType) -> GroupScheme | None:
-        return kind.scheme if self.keep_blocks else None
+    return packed
