@@ -10,6 +10,7 @@ The tree::
     │   ├── TemplateFailed        the chat template refused the messages           400 / 422
     │   ├── Unauthorized          API key missing or wrong                         401
     │   ├── ModelNotFound         no such model or adapter here                    404
+    │   ├── ResponseNotFound      no stored response of this id                    404
     │   ├── Overloaded            queue full, try again later                      429
     │   └── GenerationFailed      the engine gave up on this request               500 / 424
     ├── EngineError               ends the engine process (the supervisor restarts it)
@@ -98,6 +99,15 @@ class ModelNotFound(RequestError):
     tgi_status = 404
     code = "model_not_found"
     tgi_type = "model_not_found"
+
+
+class ResponseNotFound(RequestError):
+    """The request names a stored response that is not, or no longer, kept."""
+
+    status = 404
+    tgi_status = 404
+    code = "response_not_found"
+    tgi_type = "not_found"
 
 
 class Overloaded(RequestError):

@@ -300,6 +300,13 @@ WORKING = (
             kind="switch",
         ),
         _own(
+            "max_stored_responses",
+            "server.max_stored_responses",
+            "Responses of /v1/responses kept in memory for later; 0 keeps none.",
+            kind="integer",
+            minimum=0,
+        ),
+        _own(
             "strict_fields",
             "server.strict_fields",
             "Refuse requests with fields that would have no effect.",

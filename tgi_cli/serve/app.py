@@ -24,6 +24,7 @@ from tgi_cli.serve.keys import DOOR, METRICS, PULSE, SERVED, Pulse, Served
 from tgi_cli.serve.observe import observe, stamp_id
 from tgi_cli.serve.openapi import Route
 from tgi_cli.serve.prometheus import Metrics
+from tgi_cli.serve.responses.store import RESPONSES, ResponseStore
 from tgi_cli.serve.routes import ROUTES
 from tgi_cli.serve.tenants import Tenants
 
@@ -54,6 +55,7 @@ def build_app(
     app[METRICS] = metric
     app[PULSE] = pulse
     app[DOOR] = FrontDoor(client, config, metric, tenants)
+    app[RESPONSES] = ResponseStore(config.max_stored_responses)
     app[SERVED] = Served(config.served_model_name or model_id, model_id, int(time.time()))
     app.on_response_prepare.extend((stamp_id, name_ignored_fields, guard.stamp, stamp_cors))
     app.on_cleanup.append(_close_door)
@@ -68,4 +70,5 @@ def _pairs(routes: Iterable[Route]) -> frozenset[tuple[str, str]]:
 
 
 async def _close_door(app: web.Application) -> None:
+    await app[RESPONSES].close()
     app[DOOR].close()

@@ -30,7 +30,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     `bodies` are the structs its JSON body may be, in the order they are tried. `replies` are the
     types its answer may have (none: not described), `events` those of its server-sent events.
-    `generates`: it runs the model, and can fail as that can.
+    `query` names its optional query parameters. `generates`: it runs the model, and can fail as
+    that can.
     Its summary is the handler's own.
     """
 
@@ -44,6 +45,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     media: str = _JSON
     generates: bool = False
     open: bool = False
+    query: tuple[str, ...] = ()
 
 
 class OpenAIError(msgspec.Struct, kw_only=True):
@@ -126,12 +128,12 @@ def _operation(route: Route) -> dict[str, Any]:
         "tags": [route.tag],
         "responses": {"200": {"description": "The answer", "content": content}, **_errors(route)},
     }
-    names = _PARAMETER.findall(route.path)
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in names
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in _PARAMETER.findall(route.path)
+    ] + [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query]
+    if parameters:
+        operation["parameters"] = parameters
     if route.bodies:
         operation["requestBody"] = {"required": True, "content": {_JSON: _any_of(route.bodies)}}
     if not route.open:
@@ -162,7 +164,9 @@ def _errors(route: Route) -> dict[str, Any]:
         statuses |= _OPENAI_STATUSES if openai else _TGI_STATUSES
         statuses |= _BODY_STATUSES | {503: _GENERATION_STATUSES[503]}
     elif _PARAMETER.search(route.path):
-        statuses[404] = _OPENAI_STATUSES[404]
+        statuses[404] = "Nothing of this name here"
+        if not route.open:
+            statuses[400] = "It cannot be asked of this one, or a query parameter is wrong"
     elif route.path in ("/", "/health", "/ping", "/info"):
         statuses[503] = _GENERATION_STATUSES[503]
     if route.generates:

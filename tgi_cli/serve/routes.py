@@ -16,6 +16,15 @@ from tgi_cli.serve.openai.completions import completions
 from tgi_cli.serve.openai.models import get_model, list_models
 from tgi_cli.serve.openai.schema import ChatRequest, CompletionRequest
 from tgi_cli.serve.openapi import Handler, Route
+from tgi_cli.serve.responses import shapes as responses
+from tgi_cli.serve.responses.create import count_input_tokens, create_response
+from tgi_cli.serve.responses.schema import InputTokensRequest, ResponsesRequest
+from tgi_cli.serve.responses.stored import (
+    cancel_response,
+    delete_response,
+    get_response,
+    list_input_items,
+)
 from tgi_cli.serve.tgi.generate import compat_generate, generate, generate_stream
 from tgi_cli.serve.tgi.info import health, info, metrics
 from tgi_cli.serve.tgi.invocations import invocations
@@ -90,6 +99,52 @@ ROUTES: Final = (
     ),
     _generates(
         "/v1/completions", completions, _OPENAI, CompletionRequest, replies=_TEXT, events=_TEXT
+    ),
+    _generates(
+        "/v1/responses",
+        create_response,
+        _OPENAI,
+        ResponsesRequest,
+        replies=(responses.Response,),
+        events=(responses.ResponseEvent,),
+    ),
+    _reads(
+        "/v1/responses/input_tokens",
+        count_input_tokens,
+        InputTokensRequest,
+        responses.InputTokens,
+        tag=_OPENAI,
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{id}",
+        handler=get_response,
+        tag=_OPENAI,
+        replies=(responses.Response,),
+        events=(responses.ResponseEvent,),
+        query=("stream", "starting_after"),
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/responses/{id}",
+        handler=delete_response,
+        tag=_OPENAI,
+        replies=(responses.DeletedResponse,),
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/{id}/cancel",
+        handler=cancel_response,
+        tag=_OPENAI,
+        replies=(responses.Response,),
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{id}/input_items",
+        handler=list_input_items,
+        tag=_OPENAI,
+        replies=(responses.InputItems,),
+        query=("order", "after", "limit"),
     ),
     _generates(
         "/v1/messages",

@@ -31,15 +31,18 @@ async def send_frames(
     *,
     error_event: Callable[[TgiError], bytes],
     headers: dict[str, str] | None = None,
+    patience: float = PEEK_SECONDS,
 ) -> web.StreamResponse:
     """Stream `frames`, each one write, and close it. Errors before the first frame are raised.
+
+    The headers wait for the first frame, but no longer than `patience` seconds.
 
     Later ones become the stream's last event. When the client goes away `frames` is closed,
     which aborts the request in the engine.
     """
     pending = asyncio.ensure_future(_next(frames))
     try:
-        await asyncio.wait({pending}, timeout=PEEK_SECONDS)
+        await asyncio.wait({pending}, timeout=patience)
         if pending.done():
             pending.result()
         response = web.StreamResponse(

@@ -19,6 +19,7 @@ from tgi_cli.serve.anthropic.schema import (
     MessagesTool,
     MessagesToolChoice,
 )
+from tgi_cli.serve.openai.conversation import effort_kwargs
 from tgi_cli.serve.openai.reasoning import CLOSE
 from tgi_cli.serve.openai.schema import ChatMessage, ChatRequest, stop_strings
 from tgi_cli.serve.openai.tools.declared import FunctionDefinition, Tool
@@ -218,7 +219,5 @@ def _output(body: CountTokensRequest, chat: ChatRequest, template: ChatTemplate)
         chat.response_format = schema
     if config.effort is None:
         return []
-    if not template.mentions("reasoning_effort"):
-        return ["output_config.effort"]
     chat.reasoning_effort = config.effort
-    return []
+    return [] if effort_kwargs(template, chat) is not None else ["output_config.effort"]

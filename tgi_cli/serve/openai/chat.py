@@ -24,7 +24,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     count = num_choices(body.n)
     with door.admit(count) as visit:
         check_model(body.model, served.name, served.model_id)
-        if effort_kwargs(door, body) is None and body.reasoning_effort is not None:
+        if effort_kwargs(door.texts.template, body) is None and body.reasoning_effort is not None:
             ignore_fields(request, ["reasoning_effort"])
         chat = await Conversation.begin(door, body, count=count, tenant=request[TENANT])
         timing.validated()

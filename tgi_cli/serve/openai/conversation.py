@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tgi_cli.chat_template import ChatTemplate
 from tgi_cli.errors import InvalidRequest
 from tgi_cli.grammar import Grammar
 from tgi_cli.serve.answer import Answer
@@ -48,16 +49,23 @@ class Conversation:
 
     @classmethod
     async def begin(
-        cls, door: FrontDoor, body: ChatRequest, *, count: int, tenant: str
+        cls,
+        door: FrontDoor,
+        body: ChatRequest,
+        *,
+        count: int,
+        tenant: str,
+        tokens_field: str = "max_tokens",
     ) -> Conversation:
         """Check the fields, render and tokenize the messages, and make `count` answers.
 
+        `tokens_field` is what the client calls `max_tokens`.
         Raises `InvalidRequest` or `TemplateFailed` for what cannot be answered.
         """
         refuse_unsupported(body)
         use = chat_tools(door, body)
         prompt = await render_chat(door, body, use)
-        answers = await _answers(door, body, prompt, count, tenant, use)
+        answers = await _answers(door, body, prompt, count, tenant, use, tokens_field)
         return cls(door, body, prompt, answers, use)
 
     def reader(self) -> MessageReader:
@@ -75,9 +83,9 @@ def chat_tools(door: FrontDoor, body: ChatRequest) -> ToolUse:
     return use_of_tools(body.tools, body.tool_choice, body.parallel_tool_calls, door.texts.template)
 
 
-def effort_kwargs(door: FrontDoor, body: ChatRequest) -> dict[str, Any] | None:
+def effort_kwargs(template: ChatTemplate, body: ChatRequest) -> dict[str, Any] | None:
     """`reasoning_effort` as this model's template takes it, None where it takes none."""
-    effort, template = body.reasoning_effort, door.texts.template
+    effort = body.reasoning_effort
     if effort is not None and template.mentions("reasoning_effort"):
         return {"reasoning_effort": effort}
     if effort == "none" and template.mentions("enable_thinking"):
@@ -88,6 +96,10 @@ def effort_kwargs(door: FrontDoor, body: ChatRequest) -> dict[str, Any] | None:
 async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Prompt:
     """Messages to tokens. A conversation that ends with the assistant is continued, as in TGI."""
     messages = chat_messages(body.messages)
+    if not door.texts.template.mentions("developer"):  # OpenAI's newer name of `system`
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
     if use.form is not None and use.form.short_ids:
         shorten_ids(messages)
     continued = body.continue_final_message
@@ -105,13 +117,22 @@ async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Promp
         messages,
         add_generation_prompt=prompted,
         continue_final_message=continued,
-        template_kwargs={**(effort_kwargs(door, body) or {}), **body.chat_template_kwargs},
+        template_kwargs={
+            **(effort_kwargs(door.texts.template, body) or {}),
+            **body.chat_template_kwargs,
+        },
         tools=use.for_template,
     )
 
 
 async def _answers(
-    door: FrontDoor, body: ChatRequest, prompt: Prompt, count: int, tenant: str, use: ToolUse
+    door: FrontDoor,
+    body: ChatRequest,
+    prompt: Prompt,
+    count: int,
+    tenant: str,
+    use: ToolUse,
+    tokens_field: str,
 ) -> list[Answer]:
     """Make the `count` answers to a rendered conversation; they run when they are read."""
     if body.top_logprobs is not None and not body.logprobs:
@@ -120,7 +141,7 @@ async def _answers(
     check_reports(body, door.config.max_top_n_tokens)
     asked, field = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
-        asked, field = body.max_tokens, "max_tokens"
+        asked, field = body.max_tokens, tokens_field
     if asked is not None and asked < 1:
         raise InvalidRequest(f"`{field}` must be >= 1. Given: {asked}", param=field)
     sampling = sampling_params(
