@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from tgi_cli.tokenizer import Tokenizer
 
 _LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, gc=False):
     """What some tokens added.
 
     Attributes:

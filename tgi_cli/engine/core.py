@@ -27,6 +27,7 @@ from tgi_cli.engine.messages import (
     Request,
 )
 from tgi_cli.engine.scheduler import Scheduler
+from tgi_cli.engine.step_clock import StepClock
 from tgi_cli.errors import InvalidRequest, TgiError
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,7 @@ class EngineCore:
         self._clock = clock
         self._outbox: list[Delta] = []  # of requests that ended outside a step
         self._num_steps = 0
-        self._step_started: float | None = None
-        self._last_step_seconds = 0.0
+        self._step_clock = StepClock(clock)
 
     @classmethod
     def load(cls, config: EngineConfig, report: Report) -> EngineCore:
@@ -151,16 +151,18 @@ class EngineCore:
                 else:
                     self._refuse(request, error)
         deltas, self._outbox = self._outbox, []
+        began = self._clock()
         step = self._scheduler.schedule()
         if step is None:
             return self._released(deltas)
-        self._step_started = started = self._clock()
+        self._step_clock.scheduled(step, began)
         self._executor.submit(step)
         output = self._executor.collect()
-        self._last_step_seconds = self._clock() - started
-        self._step_started = None
+        self._step_clock.computed()
         self._num_steps += 1
-        return self._released(deltas + self._scheduler.update(step, output))
+        news = self._scheduler.update(step, output)
+        self._step_clock.booked(ended=any(delta.finish is not None for delta in news))
+        return self._released(deltas + news)
 
     def has_work(self) -> bool:
         """Whether any request has not ended, or something is to be said of one that has."""
@@ -169,16 +171,19 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
         return msgspec.structs.replace(
-            self._scheduler.stats(), last_step_seconds=self._last_step_seconds
+            self._scheduler.stats(), last_step_seconds=self._step_clock.last_seconds
         )
 
     def heartbeat(self) -> Heartbeat:
         """A sign of life; may be asked from another thread."""
-        started = self._step_started
+        held, allowed = self._scheduler.tokens()
         return Heartbeat(
             num_steps=self._num_steps,
-            step_age=0.0 if started is None else self._clock() - started,
-            has_work=started is not None or self.has_work(),
+            step_age=self._step_clock.step_age,
+            has_work=self._step_clock.running_since is not None or self.has_work(),
+            tokens_held=held,
+            tokens_allowed=allowed,
+            steps=self._step_clock.record(),
         )
 
     def close(self) -> None:

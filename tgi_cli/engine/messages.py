@@ -181,15 +181,73 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     hint: str | None = None
 
 
+#: Upper bounds of duration buckets, in seconds: TGI's 35, from 0.15 ms, ratio 1.5.
+DURATION_BOUNDS = tuple(0.00015 * 1.5**i for i in range(35))
+
+
+class Spread(msgspec.Struct, array_like=True):
+    """How values are spread: `counts` by bucket, `total` the sum of the values."""
+
+    counts: dict[int, int]
+    total: float
+
+    def copy(self) -> Spread:
+        """One that does not change any more."""
+        return Spread(self.counts.copy(), self.total)
+
+
+class StepTimes(msgspec.Struct, array_like=True):
+    """Steps of one kind, with seconds by `DURATION_BOUNDS`.
+
+    `inference` is the whole step, `forward` its computation, `decode` booking its output; of steps
+    by which a sequence ended, that is in `filter`.
+    """
+
+    inference: Spread
+    forward: Spread
+    decode: Spread
+    filter: Spread
+    begun: int = 0
+    done: int = 0
+
+    def copy(self) -> StepTimes:
+        """One that does not change any more."""
+        return StepTimes(
+            self.inference.copy(),
+            self.forward.copy(),
+            self.decode.copy(),
+            self.filter.copy(),
+            self.begun,
+            self.done,
+        )
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All steps of one engine: `times` of those that computed prompts (`prefill`) and the others.
+
+    `joined` counts how many sequences came in at once, by that number itself; `num_joins` of them
+    beside running ones, which took `joining` seconds to decide.
+    """
+
+    times: dict[str, StepTimes] = {}
+    joined: Spread = msgspec.field(default_factory=lambda: Spread({}, 0.0))
+    joining: Spread = msgspec.field(default_factory=lambda: Spread({}, 0.0))
+    num_joins: int = 0
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """Once a second from a thread of the engine: is the loop alive?
 
-    `step_age` is the seconds the current step has been running, 0 when idle.
+    `step_age` is the seconds the current step has been running, 0 when idle. `tokens_held` are
+    those of running sequences, `tokens_allowed` what they may come to.
     """
 
     num_steps: int
     step_age: float
     has_work: bool
+    tokens_held: int = 0
+    tokens_allowed: int = 0
+    steps: StepRecord | None = None
 
 
 class Draining(msgspec.Struct, frozen=True, kw_only=True, tag="draining"):

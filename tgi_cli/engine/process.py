@@ -159,7 +159,11 @@ class EngineProcess:
         transport = ZmqTransport(f"ipc://{path}")
         self._say(Ready(endpoint=f"ipc://{path}", facts=core.facts))
         threading.Thread(target=self._beat, args=(core,), name="tgi-pulse", daemon=True).start()
-        core.run(transport)
+        try:
+            core.run(transport)
+        except BaseException:
+            self._say(core.heartbeat())  # which step it died in, for `/metrics`
+            raise
 
     def _report(self, phase: str, fraction: float | None) -> None:
         """Say what is being done; the same phase not too often."""

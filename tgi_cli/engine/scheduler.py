@@ -245,6 +245,12 @@ class Scheduler:
             batch_tokens=self._last_batch[1],
         )
 
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of the running sequences, and what they may come to; from any thread."""
+        running = list(self._running)
+        held = sum(len(sequence.token_ids) for sequence in running)
+        return held, sum(sequence.max_total for sequence in running)
+
     def check_integrity(self) -> None:
         """Compare blocks and rows with the sequences that hold them.
 

@@ -17,36 +17,39 @@ from tgi_cli.errors import EngineUnavailable, InvalidRequest
 class OpenStream:
     """One answer on its way: `request`, and `received` tokens in order."""
 
-    __slots__ = ("_arrived", "_failure", "_pending", "received", "request")
+    __slots__ = ("_failure", "_pending", "_waiting", "received", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.received: list[int] = list(request.output_ids)
         self._pending: Delta | None = None
         self._failure: EngineUnavailable | None = None
-        self._arrived = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None  # the reader's, while it waits
 
     def feed(self, delta: Delta) -> None:
         """Take a delta from the engine."""
         self.received += delta.token_ids
         self._pending = delta if self._pending is None else merge(self._pending, delta)
-        self._arrived.set()
+        self._wake()
 
     def fail(self, failure: EngineUnavailable) -> None:
         """End the stream with an error, after what has arrived."""
         self._failure = failure
-        self._arrived.set()
+        self._wake()
 
     async def take(self) -> Delta:
         """Wait for deltas and take all that have arrived, as one."""
-        await self._arrived.wait()
-        if self._pending is not None:
-            delta, self._pending = self._pending, None
-            if self._failure is None:
-                self._arrived.clear()
-            return delta
-        assert self._failure is not None
-        raise self._failure
+        while self._pending is None:
+            if self._failure is not None:
+                raise self._failure
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        delta, self._pending = self._pending, None
+        return delta
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class StreamTable:

@@ -139,8 +139,7 @@ class Answer:
                         self.finish = finish
                         self.stop_string = detokenizer.stopped
                         self._metrics.finished(
-                            num_prompt_tokens=len(self.request.prompt_ids),
-                            max_tokens=sampling.max_tokens,
+                            self.request,
                             num_generated=len(self.output_ids),
                             queue_time=self.queue_time,
                             total_time=self.total_time,

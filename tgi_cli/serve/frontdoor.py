@@ -310,6 +310,7 @@ class FrontDoor:
         request = answer.request
         used = len(request.prompt_ids) + len(answer.output_ids)
         self._tenants[request.tenant].spend(used)
+        self.metrics.ended(request, len(answer.output_ids))
 
 
 def new_seed() -> int:

@@ -2,21 +2,22 @@
 
 One `Metrics` an HTTP worker, with a registry of its own. Engine numbers are read from the newest
 `EngineStats` when scraped. TGI's counters carry no `_total`, which the client library insists on
-for counters, so those are exported untyped under TGI's names; new counters have the usual names.
+for counters, so those pass through it as untyped; new counters have the usual names.
 With several HTTP workers each answers for itself, and says so with a `worker` label.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, UnknownMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from tgi_cli.engine.client import EngineClient
+from tgi_cli.engine.messages import DURATION_BOUNDS, Request
 from tgi_cli.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -24,10 +25,9 @@ from tgi_cli.errors import (
     RequestError,
     TemplateFailed,
 )
+from tgi_cli.serve.engine_times import EngineTimes
+from tgi_cli.serve.histogram import Histogram
 from tgi_cli.serve.limits import Limits
-
-#: TGI's: 35 geometric buckets from 0.15 ms, ratio 1.5.
-DURATION_BUCKETS = tuple(0.00015 * 1.5**i for i in range(35))
 
 #: Names of ignored fields that are counted apart; the rest are counted as `other`.
 MAX_IGNORED_LABELS = 100
@@ -60,6 +60,8 @@ class Metrics:
         self.in_flight = 0
         self.engine_restarts = 0
         self.step_age: Callable[[], float] = lambda: 0.0
+        self.engine = EngineTimes()
+        self._histograms: list[Histogram] = []
         seconds = self._seconds
         self._duration = seconds("request_duration", "from acceptance to the last token")
         self._validation = seconds("request_validation_duration", "templating, tokenizing, checks")
@@ -73,14 +75,22 @@ class Metrics:
         )
         self._inter_token = seconds(
             "request_inter_token_duration", "between tokens of one sequence (ITL)"
+        ).of()
+        self._tenant_queue = seconds(
+            "tenant_queue_duration", "from acceptance to the first step, by tenant", "tenant"
         )
+        self._tenant_tokens: Counter[tuple[str, str]] = Counter()
         self._lengths: tuple[Histogram, Histogram, Histogram] | None = None
         self._registry.register(self)
 
-    def _seconds(self, name: str, what: str) -> Histogram:
-        return Histogram(
-            f"tgi_{name}", f"Seconds {what}", buckets=DURATION_BUCKETS, registry=self._registry
-        )
+    def _seconds(self, name: str, what: str, *labels: str) -> Histogram:
+        return self._histogram(f"tgi_{name}", f"Seconds {what}", DURATION_BOUNDS, labels)
+
+    def _histogram(
+        self, name: str, what: str, bounds: Sequence[float], labels: Sequence[str] = ()
+    ) -> Histogram:
+        self._histograms.append(Histogram(name, what, bounds, labels=labels))
+        return self._histograms[-1]
 
     def model_ready(self, limits: Limits) -> None:
         """Make the length histograms, whose buckets need the limits; once."""
@@ -89,7 +99,7 @@ class Metrics:
 
         def lengths(name: str, what: str, top: int) -> Histogram:
             buckets = [top * i / 100 for i in range(1, 101)]
-            return Histogram(f"tgi_{name}", what, buckets=buckets, registry=self._registry)
+            return self._histogram(f"tgi_{name}", what, buckets)
 
         total = limits.max_total_tokens
         self._lengths = (
@@ -133,29 +143,31 @@ class Metrics:
         self._inter_token.observe(seconds / count)
 
     def finished(
-        self,
-        *,
-        num_prompt_tokens: int,
-        max_tokens: int,
-        num_generated: int,
-        queue_time: float,
-        total_time: float,
+        self, request: Request, *, num_generated: int, queue_time: float, total_time: float
     ) -> None:
         """Record one sequence that came to its end; times in seconds."""
         inference = max(0.0, total_time - queue_time)
+        num_prompt = len(request.prompt_ids)
         self._duration.observe(total_time)
         self._queue.observe(queue_time)
         self._inference.observe(inference)
         self._per_token.observe(inference / max(1, num_generated))
+        self._tenant_queue.observe(queue_time, request.tenant)
         if self._lengths is not None:
             inputs, allowed, outputs = self._lengths
-            inputs.observe(num_prompt_tokens)
-            allowed.observe(max_tokens)
+            inputs.observe(num_prompt)
+            allowed.observe(request.sampling.max_tokens)
             outputs.observe(num_generated)
+
+    def ended(self, request: Request, num_generated: int) -> None:
+        """Count the tokens of one sequence that is over, whatever it came to."""
+        self._tenant_tokens[request.tenant, "prompt"] += len(request.prompt_ids)
+        self._tenant_tokens[request.tenant, "generated"] += num_generated
 
     def collect(self) -> Iterator[Metric]:
         """Yield the plain counters and gauges (the registry calls this on a scrape)."""
-        stats = self._client.stats
+        stats, facts = self._client.stats, self._client.facts
+        capacity = 0 if facts is None else facts.kv_cache_tokens
         yield UnknownMetricFamily("tgi_request_count", "Generation requests", self._count)
         yield UnknownMetricFamily("tgi_request_success", "Requests answered", self._success)
         failures = UnknownMetricFamily("tgi_request_failure", "Requests failed", labels=["err"])
@@ -168,6 +180,15 @@ class Metrics:
         for name, count in sorted(self._ignored.items()):
             ignored.add_metric([name], count)
         yield ignored
+        tokens = CounterMetricFamily(
+            "tgi_tenant_tokens", "Tokens of sequences that are over", labels=["tenant", "kind"]
+        )
+        for (tenant, kind), count in sorted(self._tenant_tokens.items()):
+            tokens.add_metric([tenant, kind], count)
+        yield tokens
+        for histogram in self._histograms:
+            yield from histogram.collect()
+        yield from self.engine.collect()
         gauges = (
             ("tgi_queue_size", "Sequences waiting in the engine", stats.num_waiting),
             ("tgi_running_sequences", "Sequences running in the engine", stats.num_running),
@@ -180,6 +201,7 @@ class Metrics:
             ),
             ("tgi_kv_blocks_used", "KV blocks held by live sequences", stats.kv_blocks_used),
             ("tgi_kv_blocks_total", "KV blocks in the cache", stats.kv_blocks_total),
+            ("tgi_batch_max_total_tokens", "Tokens the KV cache holds", capacity),
             ("tgi_http_requests_in_flight", "HTTP requests being answered", self.in_flight),
             ("tgi_engine_ready", "1 when the engine can serve", self._client.state == "ready"),
             ("tgi_engine_step_age_seconds", "Age of the step being run", self.step_age()),
@@ -200,7 +222,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(_Labelled(self._registry.collect, self._labels))
+        text: bytes = generate_latest(_Labelled(self._registry.collect, self._labels))
+        return text.replace(b" untyped\n", b" counter\n")
 
 
 class _Labelled:

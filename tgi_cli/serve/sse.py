@@ -57,9 +57,10 @@ async def send_frames(
         writer = _Writer(response, request.transport)
         try:
             frame = await pending
-            while frame is not None:
+            if frame is not None:
                 await writer.write(frame)
-                frame = await _next(frames)
+                async for frame in frames:
+                    await writer.write(frame)
         except (RequestError, EngineError) as error:
             await writer.write(error_event(error))
         finally:

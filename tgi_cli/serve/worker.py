@@ -114,12 +114,14 @@ class Worker:
             status = _decode(data)
             if isinstance(status, Heartbeat):
                 self._app[PULSE].beat(status)
+                self._app[METRICS].engine.beat(status)
             elif isinstance(status, Ready):
                 self._client.connect(status)
                 self._app[PULSE].reset()
                 self._spawn(self._open(status, writer))
             elif isinstance(status, Restarting):
                 self._app[METRICS].engine_restarts += not self._app[DOOR].draining
+                self._app[METRICS].engine.lost()
                 self._client.disconnect(f"restarting: {status.reason}")
             elif isinstance(status, Starting):
                 self._client.starting(status)

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import orjson
+
 from tgi_cli.serve.answer import TextEvent, merge
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.openai.conversation import Conversation
@@ -20,6 +22,9 @@ from tgi_cli.serve.openai.replies import (
 )
 from tgi_cli.serve.openai.schema import ChatRequest, StreamOptions
 from tgi_cli.serve.sse import DONE
+
+#: The keys of a delta that brings nothing but text.
+_CONTENT = {"content"}
 
 
 class ChatReply:
@@ -66,7 +71,14 @@ class ChatReply:
         show_ids = self._body.return_token_ids
         extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
 
+        around: dict[int, tuple[bytes, bytes]] = {}
+
         def event(index: int, delta: dict[str, Any], finish: str | None, **more: Any) -> bytes:
+            if finish is None and not more and not extra and delta.keys() == _CONTENT:
+                if index not in around:
+                    around[index] = envelope.text_event(index)
+                head, tail = around[index]
+                return head + orjson.dumps(delta["content"]) + tail
             choice = {
                 "index": index,
                 "delta": delta,

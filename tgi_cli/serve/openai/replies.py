@@ -36,6 +36,15 @@ class Envelope:
         """One chunk as an SSE event."""
         return b"data: " + orjson.dumps(self.body(choices, **extra)) + b"\n\n"
 
+    def text_event(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the JSON text of a chunk that brings content alone.
+
+        Most chunks do, and all that differs between them is that text.
+        """
+        delta = {"index": index, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
+        head, _, tail = self.event([delta]).rpartition(b'""')
+        return head, tail
+
 
 def finish_reason(finish: str | None) -> str | None:
     """`length`, or OpenAI's one word for every other end."""
