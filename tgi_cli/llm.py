@@ -62,6 +62,7 @@ class LLM:
             or `.gguf` file.
         revision: branch, tag or commit of the hub's repository.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        quantize: rounds dense weights while loading: `int8`, `int4`, `fp8` and others.
         activation_dtype: what multiplies quantized weights on a CPU: `auto`, `int8` or `bfloat16`.
         device: `auto`, `cpu` or `cuda`.
         max_model_len: most tokens of a prompt and its answer; the model's own limit if None.
@@ -85,6 +86,7 @@ class LLM:
         *,
         revision: str | None = None,
         dtype: str = "auto",
+        quantize: str | None = None,
         activation_dtype: str = "auto",
         device: str = "auto",
         max_model_len: int | None = None,
@@ -101,6 +103,7 @@ class LLM:
                 model_id=model,
                 revision=revision,
                 dtype=dtype,
+                quantize=quantize,
                 activation_dtype=activation_dtype,
                 device=device,
                 max_model_len=max_model_len,

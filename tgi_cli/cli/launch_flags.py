@@ -22,6 +22,8 @@ TO_COME = "Still to come"
 COMPATIBILITY = "Accepted without effect"
 
 _QUANTIZATIONS = (
+    "int8",
+    "int4",
     "awq",
     "compressed-tensors",
     "eetq",
@@ -88,6 +90,13 @@ WORKING = (
             "model.activation_dtype",
             "Number type that multiplies quantized weights on a CPU: int8 is the fast one.",
             choices=("auto", "int8", "bfloat16"),
+        ),
+        _tgi(
+            "quantize",
+            "model.quantize",
+            "Round dense weights while loading: int8, int4, eetq, bitsandbytes*, fp8. "
+            "Quantized checkpoints are recognized without it.",
+            choices=_QUANTIZATIONS,
         ),
         _own("device", "model.device", "Where the model runs.", choices=("auto", "cpu", "cuda")),
         _own(
@@ -379,13 +388,6 @@ STILL_TO_COME = _panel(
         "Share the model; only false so far.",
         False,
         kind="boolean",
-    ),
-    _to_come(
-        "quantize",
-        "quantizing while loading",
-        "How to quantize dense weights while loading.",
-        field="model.quantize",
-        choices=_QUANTIZATIONS,
     ),
     _to_come(
         "kv_cache_dtype",

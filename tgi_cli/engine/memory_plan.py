@@ -16,7 +16,7 @@ from tgi_cli import hub
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.logprobs import PROMPT_LOGITS
-from tgi_cli.engine.precision import resolve_dtype, with_activations
+from tgi_cli.engine.precision import check_quantize, resolve_dtype, with_activations
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -162,11 +162,7 @@ def check_config(config: EngineConfig) -> None:
             f"{config.parallel.num_shard} shards are asked for, and only 1 can be run so far",
             hint="leave --num-shard away",
         )
-    if config.model.quantize is not None:
-        raise UsageError(
-            f"weights cannot be quantized to `{config.model.quantize}` while loading yet",
-            hint="leave --quantize away; quantized GGUF files are recognized by themselves",
-        )
+    check_quantize(config.model.quantize)
     if config.cache.kv_cache_dtype not in ("auto", config.model.dtype):
         raise UsageError(
             f"the KV cache cannot be held in `{config.cache.kv_cache_dtype}` yet",

@@ -23,6 +23,7 @@ from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, DynamicScaling
 from tgi_cli.model.weights import SafetensorsSource
 from tgi_cli.quantize.formats import detect
+from tgi_cli.quantize.formats.at_load import AtLoadFormat
 from tgi_cli.quantize.formats.base import Format, TensorSource
 
 _DTYPES = {
@@ -81,6 +82,11 @@ class Checkpoint:
     def keeps_blocks(self) -> bool:
         """Whether such matrices stay as they are, and activations are rounded to int8 for them."""
         return self.format.packs
+
+    def quantized_at_load(self, method: str) -> Checkpoint:
+        """The same dense checkpoint with its matrices rounded by `method` while they are read."""
+        names = self.spec.names
+        return replace(self, format=AtLoadFormat(method, (names.embedding, names.head)))
 
     def keeping_blocks(self) -> Checkpoint:
         """The same checkpoint with its quantized matrices left as stored."""

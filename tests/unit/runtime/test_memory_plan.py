@@ -172,7 +172,7 @@ def test_an_unknown_dtype_is_refused() -> None:
     ("config", "words"),
     [
         (EngineConfig(model=ModelConfig(model_id="m"), parallel=ParallelConfig(num_shard=4)), "4"),
-        (EngineConfig(model=ModelConfig(model_id="m", quantize="awq")), "awq"),
+        (EngineConfig(model=ModelConfig(model_id="m", quantize="exl2")), "EXL2 .* reads"),
         (
             EngineConfig(
                 model=ModelConfig(model_id="m"), cache=CacheConfig(kv_cache_dtype="fp8_e5m2")

@@ -1,0 +1,168 @@
+"""Dense checkpoints whose matrices are rounded while they are read: `--quantize int8` and others.
+
+Nothing is rounded before a kernel packs it, some rows at a time and from the mapped file, so that
+no second copy of the model is ever in memory. How rows are rounded is the business of `roundings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tgi_cli.kernels.grouped import Grouped, GroupScheme
+from tgi_cli.quantize.formats.base import Shard, TensorSource, Weight
+from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
+from tgi_cli.quantize.formats.packed import (
+    RUN,
+    GroupedTable,
+    GroupedWeight,
+    Slice,
+    StoredMatrix,
+    decoded,
+    stack,
+)
+from tgi_cli.quantize.formats.roundings import (
+    FP4,
+    NF4,
+    Float8Rows,
+    Int4Groups,
+    Int8Groups,
+    Int8Rows,
+    Rounding,
+    TableBlocks,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the layers' matrices are rounded, and how the token table and the head are.
+
+    None leaves these two as they are: methods of 4-bit floats never touch them.
+    """
+
+    layers: Rounding
+    ends: Rounding | None
+
+
+METHODS: dict[str, Method] = {
+    "int8": Method(Int8Groups(), Int8Groups()),
+    # Both ends show most in the answers, so they keep 8 bits.
+    "int4": Method(Int4Groups(), Int8Groups()),
+    "eetq": Method(Int8Rows(), Int8Groups()),
+    "bitsandbytes": Method(Int8Rows(), Int8Groups()),
+    "bitsandbytes-nf4": Method(TableBlocks(NF4), None),
+    "bitsandbytes-fp4": Method(TableBlocks(FP4), None),
+    "fp8": Method(Float8Rows(), None),
+}
+
+
+class RoundedMatrix:
+    """A dense matrix that gives itself rounded (see `packed.StoredMatrix`)."""
+
+    def __init__(self, dense: Tensor, rounding: Rounding) -> None:
+        self.out_features, self.in_features = dense.shape
+        self.nbytes = dense.nbytes
+        self.group = rounding.group or 1
+        whole = self.in_features % RUN == 0
+        self.scheme = rounding.scheme if whole else None
+        self._dense, self._rounding = dense, rounding
+
+    def decode(self, start: int, end: int) -> Tensor:
+        """Rounded rows in float32."""
+        return self._rounding.decoded(self._dense[start:end].float())
+
+    def rows(self, start: int, end: int) -> Grouped:
+        """Rounded rows in `scheme`."""
+        return self._rounding.grouped(self._dense[start:end].float())
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Some rows, rounded: [n] int64 -> [n, in_features] float32."""
+        return self._rounding.decoded(self._dense[indices].float())
+
+
+@dataclass
+class AtLoadFormat:
+    """`name` is a method; `ends` are the names of the token table and the head."""
+
+    name: str
+    ends: tuple[str, str]
+    packs: bool = False
+
+    def packing(self) -> AtLoadFormat:
+        """See `Format.packing`."""
+        return replace(self, packs=True)
+
+    def names(self, source: TensorSource) -> list[str]:
+        """The checkpoint is dense."""
+        return list(source.keys())
+
+    def covers(self, source: TensorSource, key: str) -> bool:
+        """Whether the method rounds this tensor."""
+        matrix = key.endswith(".weight") and key in source and len(source.shape(key)) == 2
+        return matrix and self._rounding(key) is not None
+
+    def tensors(self, source: TensorSource, key: str) -> tuple[str, ...]:
+        """A matrix is one tensor."""
+        return (key,)
+
+    def shape(self, source: TensorSource, key: str) -> tuple[int, ...]:
+        """As stored."""
+        return source.shape(key)
+
+    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+        """See `Format.scheme`."""
+        if not self.packs or not all(self.covers(source, key) for key in keys):
+            return None
+        rounding = self._rounding(keys[0])
+        whole = all(source.shape(key)[1] % RUN == 0 for key in keys)
+        return None if rounding is None or not whole else rounding.scheme
+
+    def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
+        """A matrix that will be rounded, or one that was, dense in `dtype`.
+
+        Raises:
+            CheckpointError: the tensor is missing, unreadable or no matrix.
+        """
+        rounding = self._rounding(key)
+        if rounding is None or not self.covers(source, key):
+            return DenseFormat().load(source, key, shard, dtype)
+        matrix = self._matrix(source, key, shard, rounding)
+        if self.packs and matrix.scheme is not None:
+            return GroupedWeight([matrix], dtype)
+        return DenseWeight(decoded(matrix, dtype))
+
+    def table(
+        self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype
+    ) -> GroupedTable | None:
+        """The token table, if the method rounds it and a kernel will hold it."""
+        rounding = self._rounding(key)
+        if rounding is None or self.scheme(source, [key]) is None:
+            return None
+        matrix = RoundedMatrix(source.read(key, shard), rounding)
+        return GroupedTable(matrix, matrix, dtype)
+
+    def column_unit(self, source: TensorSource, key: str) -> int:
+        """Whole groups, and whole runs of inputs where a kernel multiplies them."""
+        rounding = self._rounding(key)
+        if rounding is None or not self.covers(source, key):
+            return 1
+        packed = self.scheme(source, [key]) is not None
+        return max(rounding.group or 1, RUN if packed else 1)
+
+    def fuse(self, parts: Sequence[Weight]) -> Weight:
+        """Stack matrices of equal `in_features`."""
+        return stack(parts)
+
+    def _rounding(self, key: str) -> Rounding | None:
+        method = METHODS[self.name]
+        return method.ends if key in self.ends else method.layers
+
+    def _matrix(
+        self, source: TensorSource, key: str, shard: Shard, rounding: Rounding
+    ) -> StoredMatrix:
+        if shard.dim == 1 and shard.world_size > 1:  # a scale may be that of a whole row
+            return Slice(RoundedMatrix(source.read(key), rounding), shard, key)
+        return RoundedMatrix(source.read(key, shard), rounding)
