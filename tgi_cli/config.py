@@ -102,6 +102,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     graceful_termination_timeout: float = 90.0  # seconds
     step_timeout: float = 300.0  # seconds one step may take before the engine counts as hung
     max_engine_restarts: int = 3  # within 10 minutes
+    otlp_endpoint: str | None = None  # no traces without it
+    otlp_protocol: str = "grpc"  # grpc | http/protobuf
+    otlp_service_name: str | None = None
     json_logs: bool = False
     log_level: str = "INFO"
 

@@ -360,6 +360,26 @@ WORKING = (
             shared=True,
         ),
         _tgi(
+            "otlp_endpoint",
+            "server.otlp_endpoint",
+            "Where to send traces, as http://host:4317; needs the extra `otel`.",
+            aliases=("--otlp-traces-endpoint",),
+        ),
+        _own(
+            "otlp_protocol",
+            "server.otlp_protocol",
+            "How to send them; OTEL_EXPORTER_OTLP_PROTOCOL does the same.",
+            bare=("OTEL_EXPORTER_OTLP_PROTOCOL",),
+            choices=("grpc", "http/protobuf"),
+            shared=True,
+        ),
+        _tgi(
+            "otlp_service_name",
+            "server.otlp_service_name",
+            "The service's name in traces; text-generation-inference.router if unset.",
+            bare=("OTEL_SERVICE_NAME",),
+        ),
+        _tgi(
             "env",
             (),
             "Print the report of `tgi env` on stderr first.",
@@ -422,8 +442,6 @@ STILL_TO_COME = _panel(
     ),
     _to_come("watermark_gamma", "watermarks", "Share of tokens favoured.", kind="number"),
     _to_come("watermark_delta", "watermarks", "How strongly they are favoured.", kind="number"),
-    _to_come("otlp_endpoint", "traces over OTLP", "Where to send traces."),
-    _to_come("otlp_service_name", "traces over OTLP", "The service's name in traces."),
 )
 
 WITHOUT_MEANING = _panel(

@@ -67,6 +67,7 @@ class Answer:
         self.finish: str | None = None
         self.stop_string: str | None = None
         self.queue_time = 0.0
+        self.first_token_time = 0.0
         self.total_time = 0.0
         self._client = client
         self._tokenizer = tokenizer
@@ -117,7 +118,8 @@ class Answer:
                         self.prompt_logprobs = delta.prompt_logprobs
                     if ids:
                         if not self.output_ids:
-                            self._metrics.first_token(now - started)
+                            self.first_token_time = now - started
+                            self._metrics.first_token(self.first_token_time)
                         else:
                             self._metrics.next_tokens(len(ids), now - last)
                         last = now

@@ -59,9 +59,26 @@ def build_app(
     app[SERVED] = Served(config.served_model_name or model_id, model_id, int(time.time()))
     app.on_response_prepare.extend((stamp_id, name_ignored_fields, guard.stamp, stamp_cors))
     app.on_cleanup.append(_close_door)
+    if config.otlp_endpoint is not None:
+        _trace(app, config)
     set_up_docs(app, ROUTES)
     app.add_routes([web.route(route.method, route.path, route.handler) for route in ROUTES])
     return app
+
+
+def _trace(app: web.Application, config: ServerConfig) -> None:
+    """Put traces around everything; without them not even the packages are imported."""
+    from tgi_cli.serve.telemetry import Tracing
+
+    tracing = Tracing(config, app[SERVED].name)
+    app.middlewares.insert(1, tracing.middleware)  # inside `observe`, which knows the id
+    app.on_response_prepare.append(tracing.stamp)
+    app[DOOR].on_end = tracing.answered
+
+    async def close(_: web.Application) -> None:
+        await tracing.close()
+
+    app.on_cleanup.append(close)
 
 
 def _pairs(routes: Iterable[Route]) -> frozenset[tuple[str, str]]:

@@ -75,7 +75,7 @@ class Visit:
 
 
 class FrontDoor:
-    """One HTTP worker's door to one engine."""
+    """One HTTP worker's door to one engine. `on_end` is told of every answer that is over."""
 
     def __init__(
         self, client: EngineClient, config: ServerConfig, metrics: Metrics, tenants: Tenants
@@ -83,6 +83,7 @@ class FrontDoor:
         self.client = client
         self.config = config
         self.metrics = metrics
+        self.on_end: Callable[[Answer], None] | None = None
         self._tenants = tenants
         # Workers know nothing of each other: each admits its share of the whole.
         self.admission = Admission(-(-config.max_concurrent_requests // config.http_workers))
@@ -311,6 +312,8 @@ class FrontDoor:
         used = len(request.prompt_ids) + len(answer.output_ids)
         self._tenants[request.tenant].spend(used)
         self.metrics.ended(request, len(answer.output_ids))
+        if self.on_end is not None:
+            self.on_end(answer)
 
 
 def new_seed() -> int:

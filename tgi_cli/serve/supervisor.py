@@ -38,6 +38,7 @@ from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
 from tgi_cli.serve.api_keys import read_key_file
 from tgi_cli.serve.child import Child, how_it_ended
 from tgi_cli.serve.listener import listen, listen_unix
+from tgi_cli.serve.telemetry_exporter import check_extra
 from tgi_cli.serve.tls import tls_context
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Supervisor:
         of before it was ready, and `EngineError` when it keeps dying. No child outlives the call.
         """
         config = self._server_config
+        check_extra(config)
         tls_context(config)  # a certificate that does not fit is said before anything starts
         if config.api_key_file is not None:
             read_key_file(config.api_key_file)

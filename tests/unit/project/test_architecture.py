@@ -20,6 +20,8 @@ COMES_WITH = {
     "tqdm": "huggingface-hub: the progress bars it asks for",
     "filelock": "huggingface-hub: the locks of its cache",
 }
+#: Extras that a module may import where it needs them.
+FEATURES = ("otel",)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -60,9 +62,11 @@ def test_every_module_says_what_it_is_for() -> None:
 
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # What only one feature needs is imported by it alone, and it says what to install.
+    extras = [each for name in FEATURES for each in project["optional-dependencies"][name]]
     declared = {
         re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-")
-        for requirement in project["dependencies"]
+        for requirement in [*project["dependencies"], *extras]
     }
     distributions = packages_distributions()
     missing = set()
