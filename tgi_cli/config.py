@@ -95,6 +95,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     payload_limit: int = 2_000_000  # bytes
     disable_grammar_support: bool = False
     strict_fields: bool = False
+    watermark_gamma: float = 0.5  # share of the vocabulary that a watermark favours
+    watermark_delta: float = 2.0  # and by how much, in logits
     max_stored_responses: int = 1000  # of `/v1/responses`; 0 keeps none
     cors_allow_origin: tuple[str, ...] = ()
     tokenizer_config_path: str | None = None

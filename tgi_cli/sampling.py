@@ -17,6 +17,13 @@ from tgi_cli.errors import InvalidRequest
 MAX_SEED = 2**64 - 1
 
 
+class Watermark(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """Which share of the vocabulary is favoured (`gamma`), and by how much (`delta`, in logits)."""
+
+    gamma: float = 0.5
+    delta: float = 2.0
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """How to choose the tokens of one sequence. Neutral defaults: each field off unless set.
 
@@ -45,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True,
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    watermark: Watermark | None = None
 
     @property
     def greedy(self) -> bool:
@@ -68,6 +76,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True,
             self._between("logprobs", self.logprobs, 0, vocab_size)
         if self.prompt_logprobs is not None:
             self._between("prompt_logprobs", self.prompt_logprobs, 0, vocab_size)
+        if self.watermark is not None:
+            self._between("watermark", self.watermark.gamma, 0.0, 1.0, open_low=True)
+            self._between("watermark", self.watermark.delta, -100.0, 100.0)
         for token in self.stop_token_ids:
             self._between("stop_token_ids", token, 0, vocab_size - 1)
         for token, bias in self.logit_bias.items():

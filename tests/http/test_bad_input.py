@@ -109,7 +109,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "n": 2, "best_of": 1}, "`best_of`"),
     ({"prompt": "x", "best_of": 2, "stream": True}, "streamed"),
     ({"prompt": "x", "logprobs": 9}, "`logprobs`"),
-    ({"prompt": "x", "suffix": "y"}, "`suffix` is not supported yet"),
+    ({"prompt": "x", "suffix": "y"}, "`suffix` is not supported: the model continues"),
 ]
 
 #: parameters, the sentence without its prefix
@@ -135,7 +135,6 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"seed": -1}, "`seed` must be >= 0"),
     ({"details": "yes"}, "`parameters.details`"),
-    ({"watermark": True}, "`watermark` is not supported yet"),
     ({"grammar": {"type": "regex", "value": "a("}}, "grammar is not valid: "),
     ({"adapter_id": "a"}, "`adapter_id` is not supported yet"),
 ]

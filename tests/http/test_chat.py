@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tests.http.conftest import Serve, Site
-from tgi_cli.sampling import child_seed
+from tgi_cli.sampling import Watermark, child_seed
 
 PATH = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -242,3 +242,12 @@ async def test_utf8_is_never_split(site: Site) -> None:
     assert "".join(contents) == "naïve 🎈 日本"
     assert not any("�" in content for content in contents)
     assert all(a != b or a == "" for a, b in pairwise(contents))
+
+
+async def test_watermarks_are_those_of_the_server(serve: Serve) -> None:
+    site = await serve(watermark_gamma=0.25)
+    await site.post(PATH, {**HELLO, "watermark": True})
+    await site.post("/generate", {"inputs": "a", "parameters": {"watermark": True}})
+    await site.post(PATH, {**HELLO, "watermark": False})
+    marks = [request.sampling.watermark for request in site.engine.requests]
+    assert marks == [Watermark(gamma=0.25), Watermark(gamma=0.25), None]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -265,9 +266,33 @@ async def test_required_calls_are_forced_by_all_schemas(talk: Any, parallel: boo
     variants = (schema["items"] if parallel else schema)["anyOf"]
     names = [variant["properties"]["name"]["const"] for variant in variants]
     assert names == ["get_weather", "add"]
-    assert variants[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+    assert variants[0]["properties"]["arguments"] == {"$ref": "#/$defs/0"}
+    assert schema["$defs"]["0"] == WEATHER["function"]["parameters"]
     assert (await talker.ask()).finish_reason == "stop"  # and nothing is forced by default
     assert talker.site.engine.requests[-1].grammar is None
+
+
+async def test_references_of_forced_schemas_hold_where_they_have_moved(talk: Any) -> None:
+    node = {
+        "type": "object",
+        "properties": {
+            "size": {"$ref": "#/$defs/Size"},
+            "below": {"type": "array", "items": {"$ref": "#"}},
+        },
+        "required": ["size"],
+        "$defs": {"Size": {"enum": [1, 2]}},
+    }
+    tree = {"type": "function", "function": {"name": "tree", "parameters": node}}
+    talker = await talk(HERMES)
+    nested = '{"size": 1, "below": [{"size": 2}]}'
+    talker.says(f'[{{"name": "tree", "arguments": {nested}}}]')
+    reply = await talker.ask(tools=[WEATHER, tree], tool_choice="required")
+    assert called(reply.message) == [("tree", json.loads(nested))]
+    schema = json.loads(talker.site.engine.requests[-1].grammar.source)
+    judge = jsonschema.Draft202012Validator(schema)
+    for arguments, right in ((nested, True), (nested.replace("2", "3"), False)):
+        call = {"name": "tree", "arguments": json.loads(arguments)}
+        assert judge.is_valid([call]) is right
 
 
 async def test_several_choices_each_have_their_calls(talk: Any) -> None:

@@ -308,6 +308,22 @@ WORKING = (
             "Refuse structured output, and forced tool calls with it.",
             kind="switch",
         ),
+        _tgi(
+            "watermark_gamma",
+            "server.watermark_gamma",
+            "Share of the vocabulary that a watermark favours.",
+            kind="number",
+            minimum=0.01,
+            maximum=0.99,
+        ),
+        _tgi(
+            "watermark_delta",
+            "server.watermark_delta",
+            "How much it favours them, in logits.",
+            kind="number",
+            minimum=-100,
+            maximum=100,
+        ),
         _own(
             "max_stored_responses",
             "server.max_stored_responses",
@@ -440,8 +456,6 @@ STILL_TO_COME = _panel(
         "weights apart from their configuration",
         "Folder with the weights; a whole model's folder goes into --model-id.",
     ),
-    _to_come("watermark_gamma", "watermarks", "Share of tokens favoured.", kind="number"),
-    _to_come("watermark_delta", "watermarks", "How strongly they are favoured.", kind="number"),
 )
 
 WITHOUT_MEANING = _panel(

@@ -70,6 +70,47 @@ class TokenMask:
             logits[i, self._ids[row]] = NEG_INF
 
 
+class GreenList:
+    """Watermark of Kirchenbauer et al. 2023: tokens of a list that follows from the one before.
+
+    The list is the first share `gamma` of a permutation seeded by the last token times
+    `HASH_KEY`; its tokens get `delta` more. These are TGI's numbers and those of transformers'
+    `WatermarkingConfig`, whose `WatermarkDetector` finds the mark. The permutation is drawn on the
+    CPU, so that it does not depend on the device.
+    """
+
+    HASH_KEY = 15485863
+
+    def __init__(self, max_rows: int) -> None:
+        self._gamma = np.zeros(max_rows, np.float64)
+        self._delta = np.zeros(max_rows, np.float32)
+        self._generator = torch.Generator()  # seeded anew for every list
+
+    def add(self, row: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Keep the two numbers."""
+        mark = request.sampling.watermark
+        self._gamma[row] = 0.0 if mark is None else mark.gamma
+        self._delta[row] = 0.0 if mark is None else mark.delta
+
+    def remove(self, row: int) -> None:
+        """No mark."""
+        self._gamma[row] = 0.0
+
+    def active(self, batch: LogitRows) -> NDArray[np.bool_]:
+        """Rows with a mark."""
+        marked: NDArray[np.bool_] = self._gamma[batch.rows] > 0.0
+        return marked
+
+    def apply(self, logits: Tensor, batch: LogitRows) -> None:
+        """Add `delta` to each row's list."""
+        last = batch.history.tokens[batch.rows, batch.history_lens - 1]
+        for i, (row, token) in enumerate(zip(batch.rows.tolist(), last.tolist(), strict=True)):
+            self._generator.manual_seed(self.HASH_KEY * token)
+            order = torch.randperm(logits.shape[-1], generator=self._generator)
+            green = order[: int(logits.shape[-1] * self._gamma[row])].to(logits.device)
+            logits[i, green] += float(self._delta[row])
+
+
 class LogitBias:
     """Adds the request's bias to single tokens (OpenAI's `logit_bias`)."""
 
@@ -277,13 +318,19 @@ class Typical:
 class Stages:
     """All stages in the order in which they apply; iterates over them.
 
-    Masks (further ones given as `masks`), bias and penalties on raw logits, then temperature,
-    top-k, top-p, min-p, typical: the order of TGI's and transformers' warpers (vLLM has min-p
-    before top-k). A fused kernel may stand for those between `early` and `late`, and the draw.
+    Masks (further ones given as `masks`), watermark, bias and penalties on raw logits, then
+    temperature, top-k, top-p, min-p, typical: the order of TGI's and transformers' warpers (vLLM
+    has min-p before top-k). A fused kernel may stand for those between `early` and `late`, and the
+    draw.
     """
 
     def __init__(self, max_rows: int, *masks: LogitsStage) -> None:
-        self.early: tuple[LogitsStage, ...] = (TokenMask(max_rows), *masks, LogitBias(max_rows))
+        self.early: tuple[LogitsStage, ...] = (
+            TokenMask(max_rows),
+            *masks,
+            GreenList(max_rows),
+            LogitBias(max_rows),
+        )
         self.penalties = Penalties(max_rows)
         self.temperature = Temperature(max_rows)
         self.truncation = Truncation(max_rows)

@@ -31,18 +31,17 @@ async def send_frames(
     *,
     error_event: Callable[[TgiError], bytes],
     headers: dict[str, str] | None = None,
-    patience: float = PEEK_SECONDS,
+    patience: float | None = None,
 ) -> web.StreamResponse:
     """Stream `frames`, each one write, and close it. Errors before the first frame are raised.
 
-    The headers wait for the first frame, but no longer than `patience` seconds.
-
-    Later ones become the stream's last event. When the client goes away `frames` is closed,
-    which aborts the request in the engine.
+    The headers wait for the first frame, but no longer than `patience` seconds (`PEEK_SECONDS`
+    unless told). Later errors become the stream's last event. When the client goes away `frames`
+    is closed, which aborts the request in the engine.
     """
     pending = asyncio.ensure_future(_next(frames))
     try:
-        await asyncio.wait({pending}, timeout=patience)
+        await asyncio.wait({pending}, timeout=PEEK_SECONDS if patience is None else patience)
         if pending.done():
             pending.result()
         response = web.StreamResponse(

@@ -14,12 +14,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from tgi_cli.engine.messages import Request
 from tgi_cli.engine.rows import LogitRows, TokenHistory
 from tgi_cli.engine.stages import Stages, apply_stages
-from tgi_cli.sampling import SamplingParams
+from tgi_cli.sampling import SamplingParams, Watermark
 
 VOCAB = 1000
 PROMPT, OUTPUT = [5, 6, 7, 5, 9], [11, 12, 11, 11]
@@ -62,7 +63,9 @@ def logits_of(rows: int, vocab_size: int = VOCAB, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+MARK = WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.5, bias=2.0)
 CASES = {
+    "watermark": ({"watermark": Watermark()}, [MARK]),
     "temperature": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
     "top_k": ({"top_k": 17}, [TopKLogitsWarper(17)]),
     "top_p": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
@@ -234,3 +237,16 @@ def test_a_removed_row_is_neutral_again() -> None:
         stage.remove(0)
     history.add(0, request_of(), OUTPUT)
     assert not apply_stages(stages, logits_of(1), LogitRows.of(history, np.arange(1)))
+
+
+def test_a_watermark_can_be_detected() -> None:
+    """Text drawn from marked noise has far more green tokens than chance gives."""
+    mark, output = Watermark(gamma=0.25, delta=3.0), [5]
+    theirs = WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.25, bias=3.0)
+    green = 0
+    for step in range(60):
+        request = request_of(prompt=[1], output=output, watermark=mark)
+        token = int(processed(logits_of(1, seed=step), [request]).argmax())
+        green += token in theirs._get_greenlist_ids(torch.tensor(output)).tolist()
+        output = [*output, token]
+    assert green > 30  # 15 are expected of unmarked text, with a deviation of 3.4

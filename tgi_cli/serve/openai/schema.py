@@ -12,7 +12,7 @@ import msgspec
 
 from tgi_cli.config import ServerConfig
 from tgi_cli.errors import InvalidRequest, ModelNotFound
-from tgi_cli.sampling import MAX_SEED, SamplingParams
+from tgi_cli.sampling import MAX_SEED, SamplingParams, Watermark
 from tgi_cli.serve.frontdoor import new_seed
 from tgi_cli.serve.openai.tools.declared import Tool
 from tgi_cli.serve.openai.tools.history import ToolCall, call_for_template, name_results
@@ -63,9 +63,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     guided_choice: Any = None
     structured_outputs: Any = None
     grammar: Any = None
-    # Features of later issues: read so that they can be refused.
-    adapter_id: Any = None
-    watermark: Any = None
+    watermark: bool | None = None
+    adapter_id: Any = None  # a feature of a later issue: read so that it can be refused
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -127,10 +126,11 @@ def refuse_unsupported(body: SamplingFields) -> None:
     """Raise `InvalidRequest` for a feature that this server does not have yet."""
     if body.adapter_id is not None:
         raise unsupported("adapter_id")
-    if body.watermark not in (None, False):
-        raise unsupported("watermark")
     if isinstance(body, CompletionRequest) and body.suffix:
-        raise unsupported("suffix")
+        raise InvalidRequest(
+            "`suffix` is not supported: the model continues a text, it does not fill gaps",
+            param="suffix",
+        )
     if isinstance(body, ChatRequest):
         _refuse_tools(body)
 
@@ -284,6 +284,9 @@ def sampling_params(
         logit_bias=body.logit_bias or {},
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        watermark=Watermark(gamma=config.watermark_gamma, delta=config.watermark_delta)
+        if body.watermark
+        else None,
     )
 
 

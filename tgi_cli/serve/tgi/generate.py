@@ -94,6 +94,7 @@ async def native_answers(
     prompt = await door.encode(body.inputs, field="inputs", truncate=given.truncate)
     sampling = sampling_params(
         given,
+        door.config,
         max_tokens=door.max_tokens(prompt, given.max_new_tokens, "max_new_tokens"),
         stream=stream,
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from tgi_cli.config import ServerConfig
 from tgi_cli.errors import InvalidRequest
-from tgi_cli.sampling import MAX_SEED, SamplingParams
+from tgi_cli.sampling import MAX_SEED, SamplingParams, Watermark
 from tgi_cli.serve.frontdoor import new_seed
 
 
@@ -36,9 +36,8 @@ class Parameters(msgspec.Struct, kw_only=True):
     seed: int | None = None
     top_n_tokens: int | None = None
     grammar: Any = None
-    # Features of later issues: read so that they can be refused.
     watermark: bool = False
-    adapter_id: Any = None
+    adapter_id: Any = None  # a feature of a later issue: read so that it can be refused
 
     @property
     def samples(self) -> bool:
@@ -107,9 +106,8 @@ def check(given: Parameters, config: ServerConfig, *, stream: bool) -> None:
             "`decoder_input_details` == true is not supported when streaming tokens",
             param="decoder_input_details",
         )
-    for name in ("watermark", "adapter_id"):
-        if getattr(given, name) not in (None, False):
-            raise InvalidRequest(f"`{name}` is not supported yet", param=name)
+    if given.adapter_id is not None:
+        raise InvalidRequest("`adapter_id` is not supported yet", param="adapter_id")
 
 
 def _check_best_of(given: Parameters, limit: int, *, stream: bool) -> None:
@@ -150,7 +148,9 @@ def check_truncate(truncate: int | None, max_input_tokens: int) -> None:
         )
 
 
-def sampling_params(given: Parameters, *, max_tokens: int, stream: bool) -> SamplingParams:
+def sampling_params(
+    given: Parameters, config: ServerConfig, *, max_tokens: int, stream: bool
+) -> SamplingParams:
     """Translate checked parameters. Token details, streams and `best_of` need log probabilities."""
     top = given.top_n_tokens or 0
     needs_logprobs = stream or given.wants_details or top > 0 or (given.best_of or 1) > 1
@@ -166,4 +166,7 @@ def sampling_params(given: Parameters, *, max_tokens: int, stream: bool) -> Samp
         stop=tuple(given.stop),
         logprobs=top if needs_logprobs else None,
         prompt_logprobs=0 if given.decoder_input_details else None,
+        watermark=Watermark(gamma=config.watermark_gamma, delta=config.watermark_delta)
+        if given.watermark
+        else None,
     )

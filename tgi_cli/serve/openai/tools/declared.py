@@ -83,14 +83,20 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
             "anyOf": [
                 {
                     "type": "object",
-                    "properties": {"name": {"const": f.name}, "arguments": f.schema},
+                    "properties": {
+                        "name": {"const": f.name},
+                        "arguments": {"$ref": f"#/$defs/{i}"},
+                    },
                     "required": ["name", "arguments"],
                     "additionalProperties": False,
                 }
-                for f in self.functions
+                for i, f in enumerate(self.functions)
             ]
         }
-        return {"type": "array", "items": one, "minItems": 1} if self.parallel else one
+        # A schema's references count from its own root, so each becomes a definition of the whole.
+        definitions = {str(i): _moved(f.schema, i) for i, f in enumerate(self.functions)}
+        whole = {"type": "array", "items": one, "minItems": 1} if self.parallel else one
+        return {**whole, "$defs": definitions}
 
     def parser(self) -> ToolParser | None:
         """A parser for one answer, None where all of it is content."""
@@ -132,6 +138,19 @@ def _functions(tools: list[Tool]) -> tuple[FunctionDefinition, ...]:
             )
         functions.append(tool.function)
     return tuple(functions)
+
+
+def _moved(schema: Any, index: int) -> Any:
+    """A schema with its references as they are when it stands at `#/$defs/<index>`."""
+    if isinstance(schema, list):
+        return [_moved(item, index) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, index) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        moved["$ref"] = f"#/$defs/{index}{target[1:]}"
+    return moved
 
 
 def _mode(choice: Any, any_tools: bool) -> tuple[Mode, str | None]:
