@@ -80,6 +80,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str | None = None
     api_key: str | None = None
     api_key_file: str | None = None
+    health_route: str | None = None  # further names of /health and /vertex
+    predict_route: str | None = None
     uds: str | None = None  # a Unix socket's path, instead of host and port
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -124,8 +126,9 @@ _FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """One flag of a command, the variables that may set it instead, and where its value goes.
 
-    `TGI_<NAME>` is read for every setting, then `bare` (TGI's own variables, each also with the
-    `TGI_` prefix). `aliases` are further spellings; giving two of them at once is an error.
+    `TGI_<NAME>` is read for every setting, then each of `platform` (what hosting platforms set for
+    the container they run), then `bare` (TGI's own variables, each also with the `TGI_` prefix).
+    `aliases` are further spellings; giving two of them at once is an error.
     `shared` marks bare variables that other programs set as well: a value that cannot be ours is
     passed over. `fields` are the configuration fields it sets, as `section.field`. `neutral`
     values are accepted without a word whatever the status; `note` is the reason for the others.
@@ -137,6 +140,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     short: str | None = None
     env_only: bool = False
     negatable: bool = False
+    platform: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
     shared: bool = False
     choices: tuple[str, ...] = ()
@@ -160,10 +164,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         return () if self.env_only else (self.flag, *self.aliases)
 
     @property
-    def variables(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Environment variables by precedence: the prefixed ones, then TGI's bare names."""
+    def variables(self) -> tuple[tuple[str, ...], ...]:
+        """Environment variables by precedence: prefixed, each platform's, TGI's bare names."""
         prefixed = dict.fromkeys(f"TGI_{name}" for name in (self.name.upper(), *self.bare))
-        return tuple(prefixed), self.bare
+        return tuple(prefixed), *((name,) for name in self.platform), self.bare
 
     @property
     def allowed(self) -> str:

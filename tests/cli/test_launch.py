@@ -36,7 +36,13 @@ usage-stats payload-limit enable-prefill-logprobs graceful-termination-timeout
 """
 VLLM_FLAGS = """
 model served-model-name max-model-len max-num-seqs max-num-batched-tokens tensor-parallel-size
-host api-key chat-template
+host api-key chat-template enable-prefix-caching gpu-memory-utilization enable-auto-tool-choice
+tool-call-parser reasoning-parser enable-chunked-prefill enforce-eager dtype port seed revision
+download-dir hf-token trust-remote-code load-format tokenizer-mode swap-space block-size
+pipeline-parallel-size data-parallel-size enable-lora lora-modules speculative-config
+limit-mm-per-prompt disable-log-requests disable-log-stats uvicorn-log-level ssl-keyfile
+ssl-certfile quantization ssl-ca-certs ssl-cert-reqs uds api-server-count allowed-origins
+max-num-queued-reqs otlp-traces-endpoint guided-decoding-backend scheduling-policy max-logprobs response-role root-path
 """
 # What the launch line of TGI's documentation asks for.
 LAUNCH_LINE = """--model-id meta-llama/Llama-3.1-70B-Instruct --num-shard 4
@@ -74,7 +80,7 @@ def test_every_flag_of_tgi_and_vllm_is_known(name: str) -> None:
 def test_every_tgi_flag_is_read_from_its_bare_variable(name: str) -> None:
     variable = name.upper().replace("-", "_")
     [setting] = [setting for setting in SETTINGS if f"--{name}" in setting.spellings]
-    assert variable in setting.variables[1]
+    assert variable in setting.variables[-1]
     assert f"TGI_{variable}" in setting.variables[0]
 
 
@@ -123,6 +129,8 @@ def test_every_working_setting_arrives_in_its_fields(setting: Any, tmp_path: Pat
         "strict_fields",
     ):  # off unless told
         text = "true"
+    if setting.name.endswith("_route"):
+        text = "/path"
     config = configure({setting.flag: text})
     for field in setting.fields:
         section, name = field.split(".")
@@ -242,6 +250,47 @@ def test_limits_that_contradict_each_other_are_named(flags: dict[str, str], sent
 def test_a_chat_template_may_be_given_itself() -> None:
     template = "{{ messages[0].content }}"
     assert configure({"--chat-template": template}).server.chat_template == template
+
+
+def test_a_launch_line_of_vllm() -> None:
+    line = """--model m --served-model-name n --max-model-len 4096 --max-num-seqs 8 --host 0.0.0.0
+     --enable-prefix-caching --tensor-parallel-size 1 --pipeline-parallel-size 1 --api-key k
+     --gpu-memory-utilization 0.9 --enable-auto-tool-choice --tool-call-parser hermes
+     --reasoning-parser qwen3 --enable-chunked-prefill --disable-log-requests"""
+    shown = run(*line.split(), "--show-config")
+    assert shown.returncode == 0, shown.stderr
+    config = json.loads(shown.stdout)
+    assert config["engine"]["model"]["model_id"] == "m"
+    assert config["engine"]["model"]["max_model_len"] == 4096
+    assert config["server"]["served_model_name"] == "n"
+    assert config["engine"]["scheduler"]["max_num_seqs"] == 8
+    said = shown.stderr.splitlines()
+    without = ("gpu-memory-utilization", "tool-call-parser", "reasoning-parser", "disable-log")
+    assert len(said) == len(without)  # those that ask for what is so anyway are not worth a line
+    for name in without:
+        assert any(f"--{name}" in text and "has no effect" in text for text in said)
+    refused = run(*line.split(), "--enable-lora", "--speculative-config", "{}", "--show-config")
+    assert refused.returncode == 2
+    assert "--enable-lora (LoRA adapters)" in refused.stderr
+    assert "--speculative-config {} (speculative decoding)" in refused.stderr
+
+
+def test_hosting_platforms_say_port_routes_and_model() -> None:
+    vertex = {"AIP_HTTP_PORT": "8080", "PORT": "80", "AIP_HEALTH_ROUTE": "/h"}
+    resolution = resolve(SETTINGS, {"--model-id": "m"}, {**vertex, "AIP_PREDICT_ROUTE": "/p"})
+    server = build(SETTINGS, resolution, default_host="127.0.0.1").server
+    assert (server.host, server.port) == ("0.0.0.0", 8080)
+    assert (server.health_route, server.predict_route) == ("/h", "/p")
+    sagemaker = {"SAGEMAKER_BIND_TO_PORT": "8081", "HF_MODEL_ID": "org/model"}
+    config = build(SETTINGS, resolve(SETTINGS, {}, sagemaker), default_host="127.0.0.1")
+    assert (config.server.host, config.server.port) == ("0.0.0.0", 8081)
+    assert config.engine.model.model_id == "org/model"
+    own = {**vertex, "TGI_PORT": "3001", "HOSTNAME": "127.0.0.1"}
+    config = build(SETTINGS, resolve(SETTINGS, {"--model-id": "m"}, own), default_host="0.0.0.0")
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 3001)
+    wrong = resolve(SETTINGS, {"--model-id": "m"}, {"AIP_HEALTH_ROUTE": "h"})
+    with pytest.raises(UsageError, match="AIP_HEALTH_ROUTE is 'h'"):
+        build(SETTINGS, wrong, default_host="127.0.0.1")
 
 
 def test_the_alias_is_open_to_the_network_and_a_variable_still_wins() -> None:

@@ -247,3 +247,16 @@ async def test_a_page_may_send_what_its_sdk_sends(site: Site) -> None:
     odd = {**asked, "Access-Control-Request-Headers": "a\tb;c"}
     async with site.session.options(CHAT, headers=odd) as answer:
         assert answer.headers["Access-Control-Allow-Headers"] == "authorization, content-type"
+
+
+async def test_routes_under_a_platforms_names(serve: Serve) -> None:
+    site = await serve(api_key="k", health_route="/h", predict_route="/p")
+    async with site.session.get("/h") as answer:
+        assert answer.status == 200
+    ask = {"instances": [{"inputs": "a", "parameters": {"max_new_tokens": 3}}]}
+    assert (await site.post("/p", ask))[0] == 401
+    status, body, _ = await site.post("/p", ask, headers=bearer("k"))
+    assert (status, len(body["predictions"])) == (200, 1)
+    # A name that is taken keeps its meaning.
+    site = await serve(health_route="/ping", predict_route="/generate")
+    assert (await site.post("/generate", {"inputs": "a"}))[0] == 200

@@ -6,6 +6,7 @@ show: limits that contradict each other. Knows neither Typer nor the environment
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def build(
     filled: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     filled["server"]["host"] = default_host
     for setting in settings:
+        if setting.name == "port" and resolution.sources.get("port") in setting.platform:
+            filled["server"]["host"] = "0.0.0.0"  # the platform calls from outside the container
+    for setting in settings:
         if setting.name in resolution.values:
             for field in setting.fields:
                 section, name = field.split(".")
@@ -100,6 +104,7 @@ def build(
     )
     _check_limits(config, resolution.sources)
     _check_files(config.server, resolution.sources)
+    _check_routes(config.server, resolution.sources)
     return config
 
 
@@ -122,6 +127,13 @@ def _check_limits(config: LaunchConfig, sources: dict[str, str]) -> None:
             f"{low_flag} is {low} but must be {relation} {high_flag}, which is {high}",
             hint=f"lower {low_flag} or raise {high_flag}",
         )
+
+
+def _check_routes(server: ServerConfig, sources: dict[str, str]) -> None:
+    for name in ("health_route", "predict_route"):
+        route = getattr(server, name)
+        if route is not None and re.fullmatch(r"(/[A-Za-z0-9._~:@-]+)+/?", route) is None:
+            raise UsageError(f"{sources[name]} is {route!r} but must be a path such as /predict")
 
 
 def _check_files(server: ServerConfig, sources: dict[str, str]) -> None:

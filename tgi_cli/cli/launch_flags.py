@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from tgi_cli.cli.vllm_flags import VLLM_TO_COME, VLLM_WITHOUT_MEANING
 from tgi_cli.config import Setting
 
 MODEL = "Model"
@@ -77,8 +78,14 @@ WORKING = (
             "model.model_id",
             "Hub id, local folder, .gguf file, or `demo` for a small model to try.",
             aliases=("--model",),
+            platform=("HF_MODEL_ID",),
         ),
-        _tgi("revision", "model.revision", "Branch, tag or commit of the repository."),
+        _tgi(
+            "revision",
+            "model.revision",
+            "Branch, tag or commit of the repository.",
+            platform=("HF_MODEL_REVISION",),
+        ),
         _tgi(
             "dtype",
             "model.dtype",
@@ -96,6 +103,8 @@ WORKING = (
             "model.quantize",
             "Round dense weights while loading: int8, int4, eetq, bitsandbytes*, fp8. "
             "Quantized checkpoints are recognized without it.",
+            aliases=("--quantization",),
+            platform=("HF_MODEL_QUANTIZE",),
             choices=_QUANTIZATIONS,
         ),
         _own("device", "model.device", "Where the model runs.", choices=("auto", "cpu", "cuda")),
@@ -110,9 +119,14 @@ WORKING = (
             "huggingface_hub_cache",
             "model.cache_dir",
             "Folder of the Hub's cache.",
-            aliases=("--cache-dir",),
+            aliases=("--cache-dir", "--download-dir"),
         ),
-        _own("token", "model.token", "Hub token; HF_TOKEN does the same, unseen by others."),
+        _own(
+            "token",
+            "model.token",
+            "Hub token; HF_TOKEN does the same, unseen by others.",
+            aliases=("--hf-token",),
+        ),
     ),
     *_panel(
         MEMORY,
@@ -145,6 +159,7 @@ WORKING = (
             "prefix_caching",
             "cache.prefix_caching",
             "Reuse the KV cache of prompts that begin alike.",
+            aliases=("--enable-prefix-caching",),
             kind="switch",
             negatable=True,
         ),
@@ -169,6 +184,7 @@ WORKING = (
             "max_waiting_requests",
             "scheduler.max_waiting",
             "Requests that the engine itself lets wait.",
+            aliases=("--max-num-queued-reqs",),
             kind="integer",
             minimum=1,
         ),
@@ -246,6 +262,7 @@ WORKING = (
             "server.port",
             "0 takes a free port and prints the URL on stdout.",
             short="-p",
+            platform=("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
             kind="integer",
             minimum=0,
             maximum=65535,
@@ -254,6 +271,7 @@ WORKING = (
             "http_workers",
             "server.http_workers",
             "Processes that speak HTTP.",
+            aliases=("--api-server-count",),
             kind="integer",
             minimum=1,
             maximum=256,
@@ -276,6 +294,18 @@ WORKING = (
             "api_key_file",
             "server.api_key_file",
             "TOML file of hashed keys with limits for each; `tgi key` makes entries.",
+        ),
+        _own(
+            "health_route",
+            "server.health_route",
+            "Another path that answers as /health does.",
+            platform=("AIP_HEALTH_ROUTE",),
+        ),
+        _own(
+            "predict_route",
+            "server.predict_route",
+            "Another path that answers as /vertex does.",
+            platform=("AIP_PREDICT_ROUTE",),
         ),
         _own("uds", "server.uds", "Unix socket to listen on, instead of an address and a port."),
         _own("ssl_certfile", "server.ssl_certfile", "PEM certificate: the server speaks TLS."),
@@ -491,4 +521,10 @@ WITHOUT_MEANING = _panel(
     _no_meaning("use_flash_attention", _ONE_ATTENTION, kind="switch", env_only=True),
 )
 
-SETTINGS = (*WORKING, *STILL_TO_COME, *WITHOUT_MEANING)
+SETTINGS = (
+    *WORKING,
+    *STILL_TO_COME,
+    *_panel(TO_COME, *VLLM_TO_COME),
+    *WITHOUT_MEANING,
+    *_panel(COMPATIBILITY, *VLLM_WITHOUT_MEANING),
+)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterable
 
+import msgspec
 from aiohttp import web
 
 from tgi_cli.config import ServerConfig
@@ -33,6 +34,7 @@ def build_app(
     config: ServerConfig, client: EngineClient, *, model_id: str, worker: int = 0
 ) -> web.Application:
     """Build the application for one engine; `app[DOOR].open` lets requests in."""
+    routes = _routes(config)
     metric = Metrics(client, worker=worker, num_workers=config.http_workers)
     # Workers know nothing of each other: each allows its share of a tenant's limits.
     tenants = Tenants(share=1 / config.http_workers)
@@ -40,8 +42,8 @@ def build_app(
         ApiKeys(config.api_key, config.api_key_file, on_limits=tenants.limit),
         tenants,
         metric,
-        open_routes=_pairs(route for route in ROUTES if route.open),
-        generating=_pairs(route for route in ROUTES if route.generates),
+        open_routes=_pairs(route for route in routes if route.open),
+        generating=_pairs(route for route in routes if route.generates),
     )
     preflight, stamp_cors = cors(config.cors_allow_origin)
     app = web.Application(
@@ -62,8 +64,19 @@ def build_app(
     if config.otlp_endpoint is not None:
         _trace(app, config)
     set_up_docs(app, ROUTES)
-    app.add_routes([web.route(route.method, route.path, route.handler) for route in ROUTES])
+    app.add_routes([web.route(route.method, route.path, route.handler) for route in routes])
     return app
+
+
+def _routes(config: ServerConfig) -> tuple[Route, ...]:
+    """All routes, and those a hosting platform wants under other names (Vertex AI does)."""
+    routes = list(ROUTES)
+    for name, like in ((config.health_route, "/health"), (config.predict_route, "/vertex")):
+        for route in ROUTES:
+            named = any(r.path == name and r.method == route.method for r in routes)
+            if name is not None and route.path == like and not named:
+                routes.append(msgspec.structs.replace(route, path=name))
+    return tuple(routes)
 
 
 def _trace(app: web.Application, config: ServerConfig) -> None:
