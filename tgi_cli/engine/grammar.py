@@ -83,6 +83,15 @@ class GrammarMask:
         self._constraints.pop(row, None)
         self._failures.pop(row, None)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any row has a grammar."""
+        return bool(self._constraints)
+
+    def uses(self, row: int) -> bool:
+        """Whether the row has a grammar."""
+        return row in self._constraints
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with a grammar."""
         active: NDArray[np.bool_] = self._constrained[batch.rows]
@@ -90,6 +99,8 @@ class GrammarMask:
 
     def prepare(self, batch: LogitRows) -> None:
         """Begin to fill the masks of a step; the next `apply` that has none waits for them."""
+        if not self.in_use:
+            return
         index = np.flatnonzero(self.active(batch))
         if len(index):
             self._prepared.append(self._thread.submit(self._fill, batch.select(index)))

@@ -8,6 +8,7 @@ step; SIGINT and SIGTERM are the supervisor's to handle. Torch is imported after
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -155,6 +156,9 @@ class EngineProcess:
         from tgi_cli.engine.core import EngineCore
 
         core = EngineCore.load(start.config, self._report)
+        # What is loaded stays: a full collection would look at all of it, in the middle of a step.
+        gc.collect()
+        gc.freeze()
         path = Path(start.runtime_dir) / f"engine-{start.epoch}.sock"
         transport = ZmqTransport(f"ipc://{path}")
         self._say(Ready(endpoint=f"ipc://{path}", facts=core.facts))

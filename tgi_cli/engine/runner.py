@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,24 @@ log = logging.getLogger(__name__)
 _NOT_FINITE = "the model gave no finite logits for this sequence"
 
 
+class _LogitBuffer:
+    """Memory for the logits of a step, used again: fresh pages would cost one more pass."""
+
+    def __init__(self) -> None:
+        self._whole = torch.empty(0, 0)
+        self._parts: dict[int, Tensor] = {}  # its first rows, by their number
+
+    def rows(self, count: int, vocab_size: int) -> Tensor:
+        """[count, vocab_size] float32; what was given before is overwritten."""
+        if count > len(self._whole):
+            self._whole = torch.empty(count, vocab_size)
+            self._parts = {}
+        part = self._parts.get(count)
+        if part is None:
+            part = self._parts[count] = self._whole[:count]
+        return part
+
+
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     """A submitted step: what is left to do is to draw tokens from its logits."""
@@ -41,7 +59,7 @@ class _InFlight:
     scheduled: list[ScheduledRow]  # those without an error, in order
     built: BuiltStep | None
     logits: Tensor | None  # [n, vocab_size] of the logit rows
-    buffer: Tensor | None  # what they lie in, if it is to be used again
+    buffer: _LogitBuffer | None  # what they lie in, if it is to be used again
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by index in `scheduled`
 
 
@@ -72,7 +90,9 @@ class ModelRunner:
         self._decoder = decoder
         self._native = native = backend.plan(decoder, block_size)
         self._forward = native or decoder.forward
-        self._logit_buffers: list[Tensor] = []  # of no step in flight
+        # Native steps make no tensors; for torch, a tensor without a version is a cheaper one.
+        self._mode = nullcontext if native else torch.inference_mode
+        self._logit_buffers: list[_LogitBuffer] = []  # of no step in flight
         #: Name of the kernels that run the decoder, and whether they keep promise one.
         self.kernels = native.name if native else f"torch-{backend.device.type}"
         self.deterministic = native is not None
@@ -90,22 +110,32 @@ class ModelRunner:
         self._failed: dict[int, str] = {}  # rows that could not be prepared, by row
         self._in_flight: deque[_InFlight] = deque()
 
-    @torch.inference_mode()
     def submit(self, step: Step) -> None:
         """Run the step's positions; its tokens are drawn by `collect`."""
+        with self._mode():
+            self._submit(step)
+
+    def collect(self) -> StepOutput:
+        """Draw the tokens of the oldest submitted step and add them to the rows."""
+        with self._mode():
+            return self._collect()
+
+    def _submit(self, step: Step) -> None:
         for freed in step.removed_rows:
             self._remove(freed)
         for new in step.new_rows:
             self._add(new)
-        scheduled = []
-        for row in step.rows:
-            if row.row in self._failed:
-                continue
-            self._builder.append_blocks(row.row, row.appended_blocks)
+        scheduled, errors = step.rows, {}
+        if self._failed:
+            errors = {
+                row.row: self._failed[row.row] for row in step.rows if row.row in self._failed
+            }
+            scheduled = [row for row in step.rows if row.row not in self._failed]
+        for row in scheduled:
+            if row.appended_blocks:
+                self._builder.append_blocks(row.row, row.appended_blocks)
             if row.draft_ids:
                 self._history.propose(row.row, row.draft_ids)
-            scheduled.append(row)
-        errors = {row.row: self._failed[row.row] for row in step.rows if row.row in self._failed}
         built = logits = buffer = None
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if scheduled:
@@ -114,8 +144,9 @@ class ModelRunner:
             if count:
                 self._sampler.prepare(built.logit_rows)
             if self._native is not None and not self._prompt_logprobs.wanted:
-                buffer = self._logit_buffer(count)
-                logits = self._native.logits(built.batch, self._kv_cache.layers, buffer)
+                buffer = self._logit_buffers.pop() if self._logit_buffers else _LogitBuffer()
+                out = buffer.rows(count, self._decoder.spec.vocab_size)
+                logits = self._native.logits(built.batch, self._kv_cache.layers, out)
             else:
                 hidden = self._forward(built.batch, self._kv_cache.layers)
                 logits = self._decoder.logits(hidden[built.batch.logit_rows]) if count else None
@@ -126,25 +157,25 @@ class ModelRunner:
             _InFlight(step, errors, scheduled, built, logits, buffer, prompt_logprobs)
         )
 
-    @torch.inference_mode()
-    def collect(self) -> StepOutput:
-        """Draw the tokens of the oldest submitted step and add them to the rows."""
+    def _collect(self) -> StepOutput:
         flight = self._in_flight.popleft()
+        step, built = flight.step, flight.built
+        drawn: list[RowOutput] = []
+        if flight.logits is not None and built is not None and len(built.logit_rows):
+            sampled = self._sampler.sample(flight.logits, built.logit_rows)
+            drawn = self._drawn(flight, built, sampled)
+        if flight.buffer is not None:
+            self._logit_buffers.append(flight.buffer)
+        if len(drawn) == len(step.rows):  # every row was sampled, in the step's order
+            return StepOutput(step_id=step.id, rows=drawn)
         outputs = {
             row.row: RowOutput(row=row.row, prompt_logprobs=flight.prompt_logprobs.get(i))
             for i, row in enumerate(flight.scheduled)
         }
-        if flight.logits is not None and flight.built is not None and len(flight.logits):
-            sampled = self._sampler.sample(flight.logits, flight.built.logit_rows)
-            for output in self._drawn(flight, flight.built, sampled):
-                outputs[output.row] = output
-        if flight.buffer is not None:
-            self._logit_buffers.append(flight.buffer)
-        for row, error in flight.errors.items():
-            outputs[row] = RowOutput(row=row, error=error)
-        return StepOutput(
-            step_id=flight.step.id, rows=[outputs[row.row] for row in flight.step.rows]
-        )
+        outputs.update((output.row, output) for output in drawn)
+        for failed, error in flight.errors.items():
+            outputs[failed] = RowOutput(row=failed, error=error)
+        return StepOutput(step_id=step.id, rows=[outputs[row.row] for row in step.rows])
 
     def warm_up(self, num_tokens: int, num_rows: int) -> None:
         """Run a prompt, then a draw by several rows, through `submit` and `collect`.
@@ -174,13 +205,6 @@ class ModelRunner:
         for row in range(num_rows):
             self._remove(row)
 
-    def _logit_buffer(self, count: int) -> Tensor:
-        """Memory for so many rows of logits: fresh pages in every step would cost a pass each."""
-        buffer = self._logit_buffers.pop() if self._logit_buffers else None
-        if buffer is None or len(buffer) < count:
-            buffer = torch.empty(count, self._decoder.spec.vocab_size)
-        return buffer
-
     def _add(self, new: NewRow) -> None:
         request = new.request
         try:
@@ -202,14 +226,18 @@ class ModelRunner:
         for state in self._states:
             state.remove(row)
 
-    def _drawn(self, flight: _InFlight, built: BuiltStep, sampled: Sampled) -> Sequence[RowOutput]:
+    def _drawn(self, flight: _InFlight, built: BuiltStep, sampled: Sampled) -> list[RowOutput]:
         """Verify drafts, extend the histories and describe each sampled row."""
         token_ids, valid = sampled.token_ids.tolist(), sampled.valid.tolist()
-        if not built.num_drafts.any() and sampled.valid.all():
+        appended = len(token_ids) == len(built.sampled) and all(valid)
+        if appended:  # no drafts, nothing failed
             self._history.append_one(built.logit_rows.rows, sampled.token_ids)
-            appended = True
-        else:
-            appended = False
+            if not (sampled.logprobs or flight.prompt_logprobs or self._sampler.has_grammars):
+                rows = built.logit_rows.rows.tolist()
+                return [
+                    RowOutput(row=row, token_ids=[token_id])
+                    for row, token_id in zip(rows, token_ids, strict=True)
+                ]
         outputs = []
         first = 0  # logit row
         for index, num_drafts in zip(

@@ -64,6 +64,7 @@ class Sampler:
         self._greedy = np.ones(max_rows, np.bool_)
         self._num_top = np.full(max_rows, -1, np.int64)  # -1: no log probabilities
         self._describing: set[int] = set()  # rows with log probabilities
+        self._staged: set[int] = set()  # rows that use a stage the kernel has not
         self._fused: RowSampling | None = None
         if fused is not None:
             parameters = RowParameters(
@@ -89,18 +90,26 @@ class Sampler:
             self._describing.add(row)
         for stage in self.stages:
             stage.add(row, request, output_ids)
+        if any(stage.uses(row) for stage in (*self.stages.early, *self.stages.late)):
+            self._staged.add(row)
 
     def remove(self, row: int) -> None:
         """Make the row neutral here and in every stage."""
         self._greedy[row] = True
         self._num_top[row] = -1
         self._describing.discard(row)
+        self._staged.discard(row)
         for stage in self.stages:
             stage.remove(row)
 
     def prepare(self, batch: LogitRows) -> None:
         """Begin with what needs no logits of a step that `sample` will be called for."""
         self._grammar.prepare(batch)
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether any row has a grammar, and so is to be told what it drew."""
+        return self._grammar.in_use
 
     def accept(self, row: int, token_ids: Sequence[int]) -> int | None:
         """Take note of what a row drew and kept; see `GrammarMask.accept`."""
@@ -147,6 +156,10 @@ class Sampler:
         self, kernel: RowSampling, logits: Tensor, batch: LogitRows
     ) -> tuple[IntArray, NDArray[np.bool_]]:
         """The stages before the kernel, the kernel, and in torch rows that use a later stage."""
+        if not self._staged:
+            return kernel.sample(
+                logits, batch.history.tokens, batch.rows, batch.history_lens, batch.output_positions
+            )
         early = users(self.stages.early, batch)
         finite = None
         if len(early):  # masks hide what is not finite

@@ -32,6 +32,10 @@ NUCLEUS_WIDTH = 256
 class LogitsStage(RowState, Protocol):
     """One transformation of logits. `apply` works in place on [n, vocab_size] float32."""
 
+    def uses(self, row: int) -> bool:
+        """Whether the stage may ever be active for what is in `row`."""
+        ...
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Which logit rows the stage changes, [n]."""
         ...
@@ -59,6 +63,10 @@ class TokenMask:
     def remove(self, row: int) -> None:
         """Allow everything."""
         self._min_tokens[row] = 0
+
+    def uses(self, row: int) -> bool:
+        """Whether it has a minimum."""
+        return bool(self._min_tokens[row] > 0)
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows below their minimum."""
@@ -131,6 +139,10 @@ class LogitBias:
         """No bias."""
         self._biased[row] = False
 
+    def uses(self, row: int) -> bool:
+        """Whether it has a bias."""
+        return bool(self._biased[row])
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with a bias."""
         return self._biased[batch.rows]
@@ -168,6 +180,10 @@ class Penalties:
         self.repetition[row] = 1.0
         self.frequency[row] = self.presence[row] = 0.0
         self._additive[row] = False
+
+    def uses(self, row: int) -> bool:
+        """Whether any of the three is set."""
+        return bool(self.repetition[row] != 1.0 or self._additive[row])
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with any of the three."""
@@ -221,6 +237,10 @@ class Temperature:
         """Back to 1."""
         self.temperature[row] = 1.0
 
+    def uses(self, row: int) -> bool:
+        """Whether it is another than 1."""
+        return bool(self.temperature[row] != 1.0)
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with another temperature than 1."""
         changed: NDArray[np.bool_] = self.temperature[batch.rows] != 1.0
@@ -259,6 +279,10 @@ class Truncation:
         self.top_p[row] = 1.0
         self.min_p[row] = 0.0
 
+    def uses(self, row: int) -> bool:
+        """Whether any of the three is set."""
+        return bool(self.top_k[row] > 0 or self.top_p[row] < 1.0 or self.min_p[row] > 0.0)
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with any of the three."""
         return (
@@ -295,6 +319,10 @@ class Typical:
     def remove(self, row: int) -> None:
         """Back to everything."""
         self._mass[row] = 1.0
+
+    def uses(self, row: int) -> bool:
+        """Whether it keeps less than the whole mass."""
+        return bool(self._mass[row] < 1.0)
 
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows that keep less than the whole mass."""

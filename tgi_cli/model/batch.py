@@ -6,6 +6,7 @@ pass that needs something else gets a new Batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,5 +32,5 @@ class Batch:
     logit_rows: Tensor  # [num_logits] int64: which of the num_tokens rows need logits
     adapter_slots: Tensor  # [num_seqs] int32: LoRA slot, 0 = none
     # The same lengths as Python numbers, so that nothing asks a device for them.
-    query_lens: tuple[int, ...]
-    key_lens: tuple[int, ...]
+    query_lens: Sequence[int]
+    key_lens: Sequence[int]

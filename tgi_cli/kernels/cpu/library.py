@@ -8,9 +8,11 @@ falls back to plain torch, loudly.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.machinery
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -250,6 +252,11 @@ class Context:
     def call(self, name: str, arguments: ctypes.Structure) -> None:
         """Run `tgi_<name>(context, &arguments)`."""
         getattr(self._dll, f"tgi_{name}")(self.handle, ctypes.byref(arguments))
+
+    def bind(self, name: str, arguments: ctypes.Structure) -> Callable[[], object]:
+        """The same call, to be made many times over one struct, which it keeps alive."""
+        function = getattr(self._dll, f"tgi_{name}")
+        return functools.partial(function, self.handle, ctypes.byref(arguments))
 
     def step(self, program: Program, step: StepInput) -> None:
         """Run a whole step."""

@@ -84,7 +84,7 @@ class NativeStep:
                 tables[id(table)] = self._keep(table.float())
             self._fill(self._layers[index], layer, part, group_of[index], tables[id(table)])
         self._program = self._ends(decoder)
-        self._caches: tuple[int, ...] = ()
+        self._caches: Sequence[tuple[Tensor, Tensor]] = ()
         attention = [part.attention for part in spec.layers]
         self._query_width = max(a.num_heads * a.head_dim for a in attention)
         self._wide = max(
@@ -128,7 +128,9 @@ class NativeStep:
         if not step.logit_rows:  # torch gives an empty tensor no address
             step.logit_rows = pointer(batch.input_ids)
         self._run(step)
-        logits: Tensor = self._vocabulary.gather(own[:count], out[:count])
+        if len(out) > count:  # slicing is slow after a step that has emptied the caches
+            own, out = own[:count], out[:count]
+        logits: Tensor = self._vocabulary.gather(own, out)
         cap = self._spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -151,7 +153,7 @@ class NativeStep:
         for index, group in enumerate(batch.groups):
             step.slots[index] = pointer(group.slot_mapping)
             step.block_tables[index] = pointer(group.block_tables)
-            step.table_strides[index] = group.block_tables.shape[1]
+            step.table_strides[index] = group.block_tables.stride(0)
         step.tokens, step.seqs = tokens, len(batch.seq_lens)
         return step
 
@@ -254,11 +256,10 @@ class NativeStep:
             setattr(self._step, name, pointer(buffer))
 
     def _point_at(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        addresses = tuple(tensor.data_ptr() for pair in kv_caches for tensor in pair)
-        if addresses == self._caches:
+        if kv_caches is self._caches:
             return
         for layer, (keys, values) in zip(self._layers, kv_caches, strict=True):
             if keys.shape[1] != BLOCK or keys.dtype != torch.bfloat16:
                 raise ValueError(f"native kernels need bf16 blocks of {BLOCK} tokens")
             layer.k_cache, layer.v_cache = keys.data_ptr(), values.data_ptr()
-        self._caches = addresses
+        self._caches = kv_caches

@@ -42,11 +42,11 @@ class NativeSampling:
     """Sampling on the pool of `context`; see `RowSampling`. Keeps the arrays it reads alive."""
 
     def __init__(self, context: Context, parameters: RowParameters) -> None:
-        self._context = context
         self._parameters = parameters
         self._arguments = Sampling(
             **{name: _address(getattr(parameters, name)) for name in _BY_ROW}
         )
+        self._call = context.bind("sample", self._arguments)
 
     def sample(
         self,
@@ -67,7 +67,7 @@ class NativeSampling:
         arguments.rows, arguments.history_lens = _address(rows), _address(history_lens)
         arguments.output_positions = _address(output_positions)
         arguments.token_ids, arguments.valid = _address(token_ids), _address(valid)
-        self._context.call("sample", arguments)
+        self._call()
         return token_ids, valid
 
 
