@@ -27,6 +27,7 @@ from tgi_cli.errors import TgiError
 # The first line of each command's docstring, repeated so that listing them imports none.
 COMMANDS = {
     "download": "Fetch a model into the local cache and print its path.",
+    "quantize": "Write a model in 4 or 8 bits: GPTQ, AWQ, FP8 or INT8.",
     "launch": "Serve a model over HTTP: the OpenAI API and TGI's own.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure a running server, or a model served for the occasion.",

@@ -1,0 +1,100 @@
+"""What each method does with one layer: which statistics, in which order, what is replaced.
+
+The layer is left as the quantized one computes: observed inputs of later matrices, and of later
+layers, carry the errors of those before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_cli.quantize.convert.layer_work import LayerWork, Point
+from tgi_cli.quantize.convert.recipe import Recipe
+from tgi_cli.quantize.convert.stream import Stream
+from tgi_cli.quantize.methods import gptq
+from tgi_cli.quantize.methods.activations import round_fp8
+from tgi_cli.quantize.methods.fp8 import quantize_rows
+from tgi_cli.quantize.methods.grid import fit
+from tgi_cli.quantize.methods.matrix import QuantizedMatrix
+from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Matrices by module name, and the relative error of each (see `output_error`)."""
+
+    matrices: dict[str, QuantizedMatrix]
+    errors: dict[str, float]
+
+
+#: Quantizes a layer; the stream holds its calibration inputs, None for methods without.
+Procedure = Callable[[LayerWork, Stream | None, Recipe, torch.dtype], QuantizedLayer]
+
+
+def gptq_layer(
+    work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
+) -> QuantizedLayer:
+    """GPTQ, point by point: each sees the inputs that the quantized matrices before it make."""
+    assert stream is not None
+    done = QuantizedLayer({}, {})
+    for point in work.points:
+        [inputs] = work.observe(stream, [point])
+        weight = work.weight(point)
+        _store(work, point, _solved(weight, inputs, recipe, scale_dtype), weight, inputs, done)
+    return done
+
+
+def fp8_layer(
+    work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
+) -> QuantizedLayer:
+    """Every row by its largest magnitude; activations are rounded too, as servers do."""
+    done = QuantizedLayer({}, {})
+    work.round_inputs(round_fp8)
+    for point in work.points:
+        weight = work.weight(point)
+        _store(work, point, quantize_rows(weight), weight, None, done)
+    return done
+
+
+def _solved(
+    weight: Tensor, inputs: InputStatistics, recipe: Recipe, scale_dtype: torch.dtype
+) -> QuantizedMatrix:
+    grid = fit(
+        weight,
+        recipe.bits,
+        recipe.group_size,
+        symmetric=True,
+        scale_dtype=scale_dtype,
+        moments=inputs.moments,
+    )
+    return gptq.solve(weight, inputs.moments, grid)
+
+
+def _store(
+    work: LayerWork,
+    point: Point,
+    matrix: QuantizedMatrix,
+    weight: Tensor,
+    inputs: InputStatistics | None,
+    done: QuantizedLayer,
+) -> None:
+    """Put a point's quantized matrix into the layer and into `done`, part by part."""
+    start = 0
+    for part, size in zip(point.parts, work.sizes(point), strict=True):
+        rows = matrix.rows(start, start + size)
+        values = rows.dequantize()
+        moments = None if inputs is None else inputs.moments
+        done.matrices[part] = rows
+        done.errors[part] = output_error(weight[start : start + size], values, moments)
+        work.replace(f"{part}.weight", values)
+        start += size
+
+
+PROCEDURES: dict[str, Procedure] = {
+    "gptq": gptq_layer,
+    "fp8": fp8_layer,
+}

@@ -1,0 +1,114 @@
+"""How far the quantized model is from the original: both ends' hidden states on the same text.
+
+Runs norm and head over two streams of states, a few rows at a time. Knows no layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tgi_cli.kernels.backend import Backend
+from tgi_cli.model.checkpoint import Checkpoint
+from tgi_cli.model.decoder import Decoder
+from tgi_cli.model.embedding import load_embedding, load_head
+from tgi_cli.model.norm import Norm
+from tgi_cli.model.vocabulary import WholeVocabulary
+from tgi_cli.quantize.convert.loading import float_loader
+from tgi_cli.quantize.convert.stream import Stream
+
+_ROWS = 128  # positions whose logits are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Over all next tokens of the held-out text.
+
+    Attributes:
+        perplexity_before: of the original.
+        perplexity_after: of the quantized model.
+        divergence: Kullback-Leibler, original to quantized, mean nats per token.
+        agreement: fraction of positions with the same best token.
+        tokens: predictions measured.
+    """
+
+    perplexity_before: float
+    perplexity_after: float
+    divergence: float
+    agreement: float
+    tokens: int
+
+
+class End:
+    """What turns last states into logits: final norm and head, which are not quantized.
+
+    Args:
+        checkpoint: the original.
+        backend: where it runs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
+        loader = float_loader(checkpoint, backend)
+        spec = checkpoint.spec
+        self._device = backend.device
+        self._norm = Norm.load(loader, spec.names.final_norm, spec.hidden_size, spec.norm)
+        embedding = load_embedding(loader, spec) if spec.tied_head else None
+        head = load_head(loader, spec, embedding)
+        self._decoder = Decoder(spec, (), None, None, head, WholeVocabulary())
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States [n, width] behind the last layer -> [n, vocab_size] float32."""
+        return self._decoder.logits(self._norm.forward(states.to(self._device)))
+
+    def next_tokens(self, stream: Stream, count: int) -> list[int]:
+        """The best next token after each of the first `count` tokens of the first sample."""
+        _, states = next(stream.batches())
+        best: list[int] = self.logits(states[0, :count]).argmax(-1).tolist()
+        return best
+
+    def compare(self, tokens: Tensor, before: Stream, after: Stream) -> Quality:
+        """Compare the last states of the original with those of the quantized model.
+
+        Args:
+            tokens: [samples, length], the text of both streams.
+            before: states of the original.
+            after: states of the quantized model.
+        """
+        sums = torch.zeros(4, dtype=torch.float64)
+        count = 0
+        for (rows, old), (_, new) in zip(before.batches(), after.batches(), strict=True):
+            following = tokens[rows, 1:].reshape(-1)
+            states = [part[:, :-1].flatten(0, 1) for part in (old, new)]
+            for start in range(0, len(following), _ROWS):
+                chunk = slice(start, start + _ROWS)
+                wanted = following[chunk].to(self._device)
+                sums += _sums(self.logits(states[0][chunk]), self.logits(states[1][chunk]), wanted)
+                count += len(wanted)
+        nll_before, nll_after, divergence, agreeing = (sums / count).tolist()
+        return Quality(math.exp(nll_before), math.exp(nll_after), divergence, agreeing, count)
+
+
+def _sums(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihoods, divergence and agreements of these rows: [4] float64."""
+    before, after = before.log_softmax(-1), after.log_softmax(-1)
+    return torch.stack(
+        [
+            F.nll_loss(before, wanted, reduction="sum"),
+            F.nll_loss(after, wanted, reduction="sum"),
+            F.kl_div(after, before, reduction="sum", log_target=True),
+            (before.argmax(-1) == after.argmax(-1)).sum(),
+        ]
+    ).to("cpu", torch.float64)
+
+
+def embed(checkpoint: Checkpoint, backend: Backend, tokens: Tensor, stream: Stream) -> Stream:
+    """Write the states in front of layer 0 for `tokens` [samples, length]."""
+    embedding = load_embedding(float_loader(checkpoint, backend), checkpoint.spec)
+    writer = stream.writer(0)
+    for row in range(len(tokens)):
+        writer.put(slice(row, row + 1), embedding.forward(tokens[row].to(backend.device))[None])
+    return writer.finish()

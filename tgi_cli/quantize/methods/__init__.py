@@ -1,0 +1,1 @@
+"""The arithmetic of quantization: matrices and statistics in, codes and scales out. No models."""

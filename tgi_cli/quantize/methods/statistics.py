@@ -1,0 +1,66 @@
+"""What methods want to know of the inputs of a matrix, gathered batch by batch.
+
+Knows neither where the inputs come from nor what is done with the figures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SAMPLE_ROWS = 512
+
+
+class InputStatistics:
+    """Sums over all input rows seen so far.
+
+    Attributes:
+        moments: [columns, columns] float32, sum of x xT over the rows x.
+        largest: [columns], largest magnitude.
+        count: rows seen.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.moments = torch.zeros(columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
+        self.count = 0
+        self._magnitudes = torch.zeros(columns, device=device)
+        self._samples: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [n, columns]."""
+        rows = rows.float()
+        self.moments.addmm_(rows.T, rows)
+        magnitudes = rows.abs()
+        self._magnitudes += magnitudes.sum(0)
+        self.largest = torch.maximum(self.largest, magnitudes.amax(0))
+        self.count += len(rows)
+        self._samples.append(rows[:: max(1, len(rows) // 64)].clone())
+        if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
+            self._samples = [self.sample]
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean of |x| of each column, [columns]."""
+        return self._magnitudes / max(1, self.count)
+
+    @property
+    def sample(self) -> Tensor:
+        """Up to 512 rows, evenly from all that were seen so far: [n, columns]."""
+        rows = torch.cat(self._samples)
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE_ROWS))
+        return rows[chosen.long().to(rows.device)]
+
+
+def output_error(weight: Tensor, replaced: Tensor, moments: Tensor | None) -> float:
+    """How far the outputs of `replaced` are from those of `weight`, relative to their size.
+
+    The root of the mean square difference over the root of the mean square, over the inputs with
+    second moments `moments` [columns, columns]; without moments, of the weights themselves.
+    """
+    moved = weight - replaced
+    if moments is None:
+        return float(moved.norm() / weight.norm().clamp(min=1e-30))
+    changed = ((moved @ moments) * moved).sum(dtype=torch.float64)
+    whole = ((weight @ moments) * weight).sum(dtype=torch.float64)
+    return float((changed.clamp(min=0) / whole.clamp(min=1e-30)).sqrt())
