@@ -15,6 +15,8 @@ class RandomGroups:
         generator = torch.Generator().manual_seed(rows * 1000 + columns)
         shape = (rows, columns // scheme.group)
         codes = torch.randint(0, 1 << scheme.bits, (rows, columns), generator=generator)
+        if scheme.codes == "e4m3":
+            codes[codes % 128 == 127] = 0  # NaN
         scales = torch.randn(shape, generator=generator) / (1 << scheme.bits)
         minima = torch.randn(shape, generator=generator)
         self.scheme = scheme

@@ -6,17 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 
 from tests.kernels.grouped_weights import RandomGroups, exact_product, magnitude
 from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.library import Gemm, pointer
 from tgi_cli.kernels.cpu.packed import FORMS, PackedWeight, interleave, matrix_bytes
-from tgi_cli.kernels.grouped import INT4, INT4_MINIMUM, INT8, GroupedRows, GroupScheme
+from tgi_cli.kernels.grouped import INT4, INT4_MINIMUM, INT8, GroupedRows, GroupScheme, wide
 
 LOADED = library.load()
 VARIANTS = LOADED.variants() if LOADED else []
-SCHEMES = list(FORMS)
+WIDE = [wide(bits, group, minimum=minimum) for bits, group, minimum in
+        ((4, 64, True), (4, 32, False), (8, 96, False), (8, 32, True))]  # fmt: skip
+FLOATS = [wide(4, 32, codes=codes) for codes in ("nf4", "fp4", "e2m1")]
+FLOATS += [wide(4, 64, codes="nf4"), wide(8, 96, codes="e4m3"), wide(8, 32, codes="e4m3")]
+SCHEMES = [*FORMS, *WIDE]
 SHAPES = [(1, 32), (31, 64), (32, 96), (77, 160), (96, 576), (2080, 32)]
 ROWS = 200
 ADD_FLOAT, SILU_MUL, GELU_MUL = 2, 3, 4
@@ -34,7 +39,18 @@ def context(request: pytest.FixtureRequest) -> Iterator[library.Context]:
 
 def name_of(scheme: GroupScheme) -> str:
     kind = "minimum" if scheme.minimum else "zero"
-    return f"int{scheme.bits}-{scheme.group}-{kind}-{str(scheme.scale).removeprefix('torch.')}"
+    kind = f"{scheme.codes}{scheme.bits}-{scheme.group}-{kind}"
+    return f"{kind}-{str(scheme.scale).removeprefix('torch.')}"
+
+
+def cases(schemes: list[GroupScheme]) -> list[ParameterSet]:
+    """Schemes with the shapes whose inputs their groups divide."""
+    return [
+        pytest.param(scheme, shape, id=f"{name_of(scheme)}-{shape}")
+        for scheme in schemes
+        for shape in SHAPES
+        if shape[1] % scheme.group == 0
+    ]
 
 
 def activations(columns: int) -> Tensor:
@@ -45,8 +61,7 @@ def activations(columns: int) -> Tensor:
     return x.bfloat16()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+@pytest.mark.parametrize(("scheme", "shape"), cases([*SCHEMES, *FLOATS]))
 def test_packing_loses_nothing(
     scheme: GroupScheme, shape: tuple[int, int], context: library.Context
 ) -> None:
@@ -65,8 +80,7 @@ def test_packing_loses_nothing(
         assert torch.equal(mixed.matmul(x, None), packed.matmul(x, None))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+@pytest.mark.parametrize(("scheme", "shape"), cases(SCHEMES))
 def test_products_equal_the_integer_model(
     scheme: GroupScheme, shape: tuple[int, int], context: library.Context
 ) -> None:
@@ -83,10 +97,10 @@ def test_products_equal_the_integer_model(
     assert torch.equal(packed.matmul_float(x[7:100]), found[7:100])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if 576 % s.group == 0], ids=name_of)
 def test_threads_and_instruction_sets_change_no_bit(scheme: GroupScheme) -> None:
     assert LOADED is not None
-    weight, x = RandomGroups(scheme, 300, 320), activations(320)
+    weight, x = RandomGroups(scheme, 300, 576), activations(576)
     results = []
     for variant in VARIANTS:
         for threads in (1, 2, 3):
@@ -94,6 +108,18 @@ def test_threads_and_instruction_sets_change_no_bit(scheme: GroupScheme) -> None
             results.append(PackedWeight.grouped(context, weight).matmul_float(x))
             context.close()
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(("scheme", "shape"), cases([*SCHEMES, *FLOATS]))
+def test_bf16_activations_multiply_as_with_the_dense_matrix(
+    scheme: GroupScheme, shape: tuple[int, int], context: library.Context
+) -> None:
+    weight = RandomGroups(scheme, *shape)
+    packed = PackedWeight.grouped(context, weight, wide_activations=True)
+    dense = PackedWeight.dense(context, weight.dequantize().bfloat16())
+    x = activations(shape[1])
+    for tokens in (1, 2, 5, 6, 7, 13, 96, 97, ROWS):
+        assert torch.equal(packed.matmul_float(x[:tokens]), dense.matmul_float(x[:tokens])), tokens
 
 
 @pytest.mark.parametrize("scheme", [INT8, INT4, INT4_MINIMUM], ids=name_of)

@@ -40,7 +40,12 @@ def pointer(tensor: Tensor | None) -> int | None:
 class Matrix(ctypes.Structure):
     """A matrix [n, k] in one of the forms of `csrc/kernels.h`."""
 
-    _fields_ = (("data", _POINTER), ("n", _INT64), ("k", _INT64), ("form", _INT32))
+    _fields_ = (
+        ("data", _POINTER),
+        ("n", _INT64),
+        ("k", _INT64),
+        *((name, _INT32) for name in ("form", "group", "wide_activations")),
+    )
 
 
 class Gemm(ctypes.Structure):

@@ -43,6 +43,17 @@ FORMS = {
     INT8_MINIMUM_FLOAT: 6,
     INT8_HALF_GROUPS: 7,
 }
+#: Wide forms, by codes, bits and whether there are minima.
+_WIDE = {
+    ("integer", 4, False): 8,
+    ("integer", 4, True): 9,
+    ("integer", 8, False): 10,
+    ("integer", 8, True): 11,
+    ("nf4", 4, False): 12,
+    ("fp4", 4, False): 13,
+    ("e2m1", 4, False): 14,
+    ("e4m3", 8, False): 15,
+}
 _RUN = 32  # inputs that are stored, and whose activations are rounded, together
 _PACKED_ROWS = 1024  # rows decoded at a time
 
@@ -73,10 +84,25 @@ def matrix_bytes(scheme: GroupScheme | None, rows: int, columns: int) -> int:
     return rows * columns * 2 if scheme is None else scheme.nbytes(rows, columns)
 
 
+def form_of(scheme: GroupScheme) -> int:
+    """The form in csrc/kernels.h that holds a scheme.
+
+    Raises:
+        ValueError: there is none.
+    """
+    form = FORMS.get(scheme)
+    if form is None and scheme.scale == torch.float32 and scheme.group % _RUN == 0:
+        form = _WIDE.get((scheme.codes, scheme.bits, scheme.minimum))
+    if form is None:
+        raise ValueError(f"no packed form holds {scheme}")
+    return form
+
+
 class PackedWeight:
     """A matrix in panels of `PANEL` outputs; `data` is laid out as its form in `csrc` says.
 
-    `scheme` is None for bf16. Grouped weights multiply activations rounded to int8.
+    `scheme` is None for bf16. Grouped integers multiply activations rounded to int8, or with
+    `wide_activations` bf16 ones, as floats always do.
     """
 
     def __init__(
@@ -87,6 +113,7 @@ class PackedWeight:
         scheme: GroupScheme | None,
         *,
         interleaved: bool,
+        wide_activations: bool = False,
     ) -> None:
         self.out_features, self.in_features = shape
         self.scheme = scheme
@@ -94,7 +121,8 @@ class PackedWeight:
         self.data = data
         self.nbytes = data.nbytes
         self._context = context
-        self._form = BF16 if scheme is None else FORMS[scheme]
+        self._form = BF16 if scheme is None else form_of(scheme)
+        self._wide_activations = wide_activations
 
     @classmethod
     def dense(cls, context: Context, weight: Tensor, *, interleaved: bool = False) -> PackedWeight:
@@ -106,14 +134,26 @@ class PackedWeight:
 
     @classmethod
     def grouped(
-        cls, context: Context, weight: GroupedRows, *, interleaved: bool = False
+        cls,
+        context: Context,
+        weight: GroupedRows,
+        *,
+        interleaved: bool = False,
+        wide_activations: bool = False,
     ) -> PackedWeight:
         """Pack a grouped matrix, some panels at a time; `in_features` is a multiple of 32."""
         rows, columns = weight.out_features, weight.in_features
         if columns % _RUN:
             raise ValueError(f"{columns} inputs are no multiple of {_RUN}")
         data = torch.empty(matrix_bytes(weight.scheme, rows, columns), dtype=torch.uint8)
-        made = cls(context, (rows, columns), data, weight.scheme, interleaved=interleaved)
+        made = cls(
+            context,
+            (rows, columns),
+            data,
+            weight.scheme,
+            interleaved=interleaved,
+            wide_activations=wide_activations,
+        )
         for start in range(0, rows, _PACKED_ROWS):
             end = min(rows, start + _PACKED_ROWS)
             made._fill(start, end, made._ordered(weight, start, end))
@@ -122,7 +162,7 @@ class PackedWeight:
     @property
     def matrix(self) -> Matrix:
         """The C struct; it points to `data`."""
-        return Matrix(pointer(self.data), self.out_features, self.in_features, self._form)
+        return self._matrix(self.data.data_ptr(), self.out_features)
 
     def matmul(self, x: Tensor, ops: Any) -> Tensor:
         """[tokens, in_features] bf16 -> [tokens, out_features] bf16."""
@@ -154,6 +194,11 @@ class PackedWeight:
             dense = self.scheme.decode(self._unpacked(self.scheme))
         return deinterleave(dense[:rows]) if self.interleaved else dense[:rows].contiguous()
 
+    def _matrix(self, address: int, rows: int) -> Matrix:
+        group = 0 if self.scheme is None else self.scheme.group
+        wide = int(self._wide_activations)
+        return Matrix(address, rows, self.in_features, self._form, group, wide)
+
     def _ordered(self, weight: GroupedRows, start: int, end: int) -> Grouped:
         """Rows as they lie in the panels; with interleaving those of gate and up in turns."""
         if not self.interleaved:
@@ -173,20 +218,21 @@ class PackedWeight:
 
     def _fill(self, start: int, end: int, rows: Grouped) -> None:
         """Pack rows that begin at a panel."""
-        columns, offset = self.in_features, matrix_bytes(self.scheme, start, self.in_features)
+        offset = matrix_bytes(self.scheme, start, self.in_features)
         codes, scales = rows.codes.contiguous(), rows.scales.contiguous()
         minima = None if rows.minima is None else rows.minima.contiguous()
-        target = Matrix(self.data.data_ptr() + offset, end - start, columns, self._form)
+        target = self._matrix(self.data.data_ptr() + offset, end - start)
         self._context.pack_grouped(
             PackGrouped(target, pointer(codes), pointer(scales), pointer(minima))
         )
 
     def _unpacked(self, scheme: GroupScheme) -> Grouped:
         """Codes, scales and minima out of the panels."""
-        groups, parts = self.in_features // _RUN, _RUN // scheme.group
+        size, parts = max(_RUN, scheme.group), max(1, _RUN // scheme.group)
+        groups = self.in_features // size
         count = panels(self.out_features)
         data = self.data.view(count, groups, -1)
-        split = PANEL * _RUN * scheme.bits // 8
+        split = PANEL * size * scheme.bits // 8
         codes = data[:, :, :split].reshape(count, groups, -1, PANEL, 4)
         if scheme.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)

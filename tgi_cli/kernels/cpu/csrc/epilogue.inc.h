@@ -73,7 +73,7 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
   }
 }
 
-// Calls block(row, rows, panel, panels) for all of an [m, n] result. `row_block` rows share a visit of
+// Calls block(row, rows, panel, panels, worker) for all of an [m, n] result. `row_block` rows share a visit of
 // a panel; `group` panels make a tile. Few rows: each item streams a run of panels. Many rows: one
 // group of panels at a time, used again by a block of rows.
 template <class Block>
@@ -88,10 +88,10 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
     if (g.m > 1) chunk = (chunk + group - 1) / group * group;
   }
   const int64_t chunks = (panels + chunk - 1) / chunk;
-  pool.parallel(chunks * row_blocks, [&](int64_t item, int) {
+  pool.parallel(chunks * row_blocks, [&](int64_t item, int worker) {
     const int64_t row = item % row_blocks * row_block;
     const int64_t panel = item / row_blocks * chunk;
     block(row, row + row_block <= g.m ? row_block : g.m - row, panel,
-          panel + chunk < panels ? chunk : panels - panel);
+          panel + chunk < panels ? chunk : panels - panel, worker);
   });
 }

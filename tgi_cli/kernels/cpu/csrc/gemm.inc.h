@@ -57,11 +57,10 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
 }
 
 template <int kRows, int kPanels>
-inline void gemm_rows(const Gemm& g, int64_t row, int64_t panel, Lookahead ahead) {
+inline void gemm_rows(const Gemm& g, const bf16* w, int64_t row, int64_t panel, Lookahead ahead) {
   constexpr int kPer = kPanel / kLanes;
   vf acc[kRows][kPanels * kPer], whole[kRows][kPanels * kPer];
   const int64_t k = g.w.k;
-  const bf16* w = static_cast<const bf16*>(g.w.data) + panel * k * kPanel;
   gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, w, k * kPanel, k, ahead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)  // a copy in memory, so that the accumulators need not be there
@@ -74,24 +73,24 @@ inline void gemm_rows(const Gemm& g, int64_t row, int64_t panel, Lookahead ahead
 constexpr int kMaxRows = TGI_ISA >= 2 ? 6 : 2;
 constexpr int kGroup = TGI_ISA >= 2 ? 2 : 1;  // panels per tile: 24 of 32, or 8 of 16 registers
 
-// `more`: the panels behind these are this thread's next work.
+// `w`: the panels' weights. `more`: those behind them are this thread's next work.
 template <int kPanels>
-inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel, bool more) {
+inline void gemm_block(const Gemm& g, const bf16* w, int64_t row, int64_t rows, int64_t panel, bool more) {
   // Tiles of nearly equal heights: 8 rows are 4 and 4 and not 6 and 2.
   const int64_t all = (rows + kMaxRows - 1) / kMaxRows;
   const int64_t steps = g.w.k / 2;
-  const char* next = static_cast<const char*>(g.w.data) + (panel + kPanels) * g.w.k * kPanel * 2;
+  const auto* next = reinterpret_cast<const char*>(w + kPanels * g.w.k * kPanel);
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
     const Lookahead ahead = tile_ahead(next, tile, steps, height, kPanels * kPanel * 4, more);
     switch (height) {
-      case 1: gemm_rows<1, kPanels>(g, row, panel, ahead); break;
-      case 2: gemm_rows<2, kPanels>(g, row, panel, ahead); break;
+      case 1: gemm_rows<1, kPanels>(g, w, row, panel, ahead); break;
+      case 2: gemm_rows<2, kPanels>(g, w, row, panel, ahead); break;
 #if TGI_ISA >= 2
-      case 3: gemm_rows<3, kPanels>(g, row, panel, ahead); break;
-      case 4: gemm_rows<4, kPanels>(g, row, panel, ahead); break;
-      case 5: gemm_rows<5, kPanels>(g, row, panel, ahead); break;
-      case 6: gemm_rows<6, kPanels>(g, row, panel, ahead); break;
+      case 3: gemm_rows<3, kPanels>(g, w, row, panel, ahead); break;
+      case 4: gemm_rows<4, kPanels>(g, w, row, panel, ahead); break;
+      case 5: gemm_rows<5, kPanels>(g, w, row, panel, ahead); break;
+      case 6: gemm_rows<6, kPanels>(g, w, row, panel, ahead); break;
 #endif
       default: break;
     }
@@ -101,10 +100,14 @@ inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel, 
 }
 
 inline void gemm_bf16(Pool& pool, const Gemm& g) {
-  split_work(pool, g, kMaxRows * 16, kGroup, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-    const int64_t end = panel + panels;
-    for (; panel + kGroup <= end; panel += kGroup) gemm_block<kGroup>(g, row, rows, panel, panel + kGroup < end);
-    if (panel < end) gemm_block<1>(g, row, rows, panel, false);
+  split_work(pool, g, kMaxRows * 16, kGroup, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int) {
+    for (const int64_t end = panel + panels; panel < end; panel += kGroup) {
+      const bf16* w = static_cast<const bf16*>(g.w.data) + panel * g.w.k * kPanel;
+      if (panel + kGroup <= end)
+        gemm_block<kGroup>(g, w, row, rows, panel, panel + kGroup < end);
+      else
+        gemm_block<1>(g, w, row, rows, panel, false);
+    }
   });
 }
 

@@ -24,7 +24,8 @@ enum class Epilogue : int32_t {
 
 // How a matrix [n, k] is stored. The grouped forms hold unsigned codes of 8 or 4 bits in panels of 32
 // outputs, with a scale and perhaps a minimum for each output and 32 (or 16) inputs; see
-// gemm_q.inc.h. They are multiplied by activations that are rounded to 8 bits per 32 inputs.
+// grouped.inc.h. Integers are multiplied by activations that are rounded to 8 bits per 32 inputs, unless
+// `wide_activations` says otherwise; floats are decoded and multiplied by bf16 activations.
 enum class Form : int32_t {
   kRows = 0,      // bf16 [n][k], for Embed alone
   kBf16 = 1,      // bf16 [ceil(n / 32)][k / 2][32][2]
@@ -34,12 +35,23 @@ enum class Form : int32_t {
   kInt4MinF = 5,  // code * float scale + float minimum
   kInt8MinF = 6,  // likewise with 8 bits
   kInt8F16 = 7,   // (code - 128) * float scale, one for each 16 inputs
+  // Wide: a float scale (and minimum) for each Matrix::group inputs.
+  kInt4Wide = 8,      // (code - 8) * scale
+  kInt4WideMin = 9,   // code * scale + minimum
+  kInt8Wide = 10,     // (code - 128) * scale
+  kInt8WideMin = 11,  // code * scale + minimum
+  kNf4 = 12,          // value of the code * scale; bitsandbytes' NormalFloat
+  kFp4 = 13,          // likewise bitsandbytes' 4-bit float
+  kE2m1 = 14,         // likewise the 4-bit float of MXFP4
+  kE4m3 = 15,         // likewise the 8-bit float E4M3; no code is NaN
 };
 
 struct Matrix {
   const void* data;
   int64_t n, k;  // k is even, and a multiple of 32 in grouped forms
   int32_t form;
+  int32_t group;             // inputs that share a scale in wide forms: a multiple of 32 that divides k
+  int32_t wide_activations;  // multiply by bf16 activations
 };
 
 struct Gemm {

@@ -82,6 +82,13 @@ inline vf keep(vf x, vf other, int count) {  // lanes [0, count) of x, the rest 
 }
 inline vf round_even(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf scale_by_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+inline void store_pairs(void* p, vi x) { _mm512_storeu_si512(p, x); }
+// table[codes], for 16 values and codes below 16
+inline vf lookup(const float* table, vi codes) { return _mm512_permutexvar_ps(codes, load(table)); }
+inline vf from_bits(vi x) { return _mm512_castsi512_ps(x); }
+inline vi cast_bits(vf x) { return _mm512_castps_si512(x); }
+inline vi shift_left(vi x, int bits) { return _mm512_slli_epi32(x, static_cast<unsigned>(bits)); }
+inline vi bit_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 
 inline vf load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -201,6 +208,12 @@ inline vf load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline vi set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline void store_pairs(void* p, vi x) { _mm256_storeu_si256(static_cast<vi*>(p), x); }
+inline vf lookup(const float* table, vi codes) { return _mm256_i32gather_ps(table, codes, 4); }
+inline vf from_bits(vi x) { return _mm256_castsi256_ps(x); }
+inline vi cast_bits(vf x) { return _mm256_castps_si256(x); }
+inline vi shift_left(vi x, int bits) { return _mm256_slli_epi32(x, bits); }
+inline vi bit_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi bit_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi shift_right(vi x, int bits) { return _mm256_srli_epi32(x, bits); }
 inline vf int_to_float(vi x) { return _mm256_cvtepi32_ps(x); }
@@ -276,6 +289,14 @@ inline vf exp(vf x) {
 #else
   return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), value);
 #endif
+}
+
+// E4M3 codes, none of them NaN: the exponent moves into place, its bias follows by a product, which makes
+// subnormals right as well.
+inline vf from_e4m3(vi codes) {
+  const vi sign = shift_left(bit_and(codes, set1_int(0x80)), 24);
+  const vf magnitude = mul(from_bits(shift_left(bit_and(codes, set1_int(0x7f)), 20)), set1(0x1p120f));
+  return from_bits(bit_or(cast_bits(magnitude), sign));
 }
 
 // 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.

@@ -19,7 +19,9 @@
 namespace tgi::avx512vnni {
 #include "epilogue.inc.h"
 #include "gemm.inc.h"
+#include "grouped.inc.h"
 #include "gemm_q.inc.h"
+#include "gemm_x.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 #include "sampling.inc.h"
