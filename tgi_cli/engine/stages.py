@@ -104,6 +104,10 @@ class GreenList:
         """No mark."""
         self._gamma[row] = 0.0
 
+    def uses(self, row: int) -> bool:
+        """Whether it has a mark."""
+        return bool(self._gamma[row] > 0.0)
+
     def active(self, batch: LogitRows) -> NDArray[np.bool_]:
         """Rows with a mark."""
         marked: NDArray[np.bool_] = self._gamma[batch.rows] > 0.0
