@@ -56,8 +56,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the model is spread."""
 
-    num_shard: int = 1
-    num_threads: int | None = None
+    num_shard: int = 1  # ranks, over all nodes
+    num_threads: int | None = None  # over all ranks of a node
+    step_timeout: float = 60.0  # seconds a rank may make no progress in a step
+    nnodes: int = 1
+    node_rank: int = 0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -92,7 +92,7 @@ def test_spellings_and_variables_belong_to_one_setting_each() -> None:
 
 
 def test_every_working_setting_goes_somewhere_and_every_field_is_reached() -> None:
-    assert [setting.name for setting in WORKING if not setting.fields] == ["env"]
+    assert [setting.name for setting in WORKING if not setting.fields] == ["sharded", "env"]
     reached = {field for setting in SETTINGS for field in setting.fields}
     fields = {
         f"{section}.{name}"
@@ -146,21 +146,30 @@ def test_every_working_setting_arrives_in_its_fields(setting: Any, tmp_path: Pat
         assert msgspec.to_builtins(config) != msgspec.to_builtins(default)
 
 
-def test_the_documented_launch_line_says_what_of_it_is_still_to_come() -> None:
+def test_the_documented_launch_line_works() -> None:
     line = LAUNCH_LINE.split()
-    refused = run(*line)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert "--num-shard 4 (tensor parallelism)" in refused.stderr
-    kept = [word for word in line if word not in ("--num-shard", "4")]
-    shown = run(*kept, "--show-config")
+    shown = run(*line, "--show-config")
     assert shown.returncode == 0, shown.stderr
     config = json.loads(shown.stdout)
     assert config["engine"]["model"]["quantize"] == "bitsandbytes-nf4"
+    assert config["engine"]["parallel"]["num_shard"] == 4
     assert config["engine"]["cache"]["kv_cache_tokens"] == 32768
     assert config["engine"]["model"]["max_model_len"] == 12288
     assert config["server"]["max_input_tokens"] == 8192
     assert config["server"]["max_total_tokens"] == 12288
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--sharded", "true"), "--sharded is true, but the model is to have 1 shard"),
+        (("--sharded", "false", "--num-shard", "2"), "--sharded is false, but --num-shard asks"),
+    ],
+)
+def test_contradictory_shards_are_refused(words: tuple[str, ...], said: str) -> None:
+    refused = run("--model-id", "m", *words, "--show-config")
+    assert refused.returncode == 2
+    assert said in refused.stderr
 
 
 def test_show_config_reads_the_environment_and_masks_secrets() -> None:

@@ -20,12 +20,12 @@ from tgi_cli.engine.process_client import ProcessClient
 _MODULE = ("-m", "tgi_cli.engine.process", "--control-fd")
 
 
-def config_of(path: Path | str, **changes: Any) -> EngineConfig:
+def config_of(path: Path | str, *, num_shard: int = 1, **changes: Any) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(model_id=str(path), device="cpu", max_model_len=512),
         cache=CacheConfig(kv_cache_tokens=4096),
         scheduler=SchedulerConfig(max_num_seqs=8, max_batch_tokens=64),
-        parallel=ParallelConfig(num_threads=1),
+        parallel=ParallelConfig(num_threads=1, num_shard=num_shard),
         **changes,
     )
 

@@ -188,15 +188,19 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path) -> None:
         child.end()
 
 
-def test_more_shards_than_one_are_refused(tmp_path: Path) -> None:
+def test_shards_that_cannot_work_are_refused_before_any_is_started(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     child = EngineChild(tmp_path)
     try:
-        config = config_of(tmp_path)
-        shards = type(config.parallel)(num_shard=2)
-        child.start(type(config)(model=config.model, parallel=shards))
+        child.start(config_of(tiny_checkpoint("llama"), num_shard=3))
         status = child.failed()
         assert status.error == "UsageError"
-        assert "2 shards" in status.message
+        assert status.message == (
+            "the model does not divide into 3 shards: it has 4 attention heads and 2 key/value "
+            "heads"
+        )
+        assert status.hint == "use --num-shard 2 (1 and 2 work)"
     finally:
         child.end()
 

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from tgi_cli.engine.control import how_it_ended
 from tgi_cli.engine.messages import Failed
 from tgi_cli.errors import EngineError, OutOfMemory, TgiError, UsageError
-from tgi_cli.serve.child import how_it_ended
 from tgi_cli.serve.supervisor import RestartBudget, error_of, listen
 
 

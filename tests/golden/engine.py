@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tgi_cli.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from tgi_cli.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from tgi_cli.engine.core import EngineCore
 from tgi_cli.engine.messages import Delta, Request
 from tgi_cli.sampling import SamplingParams
@@ -28,6 +34,7 @@ def make_core(
     max_num_seqs: int = 8,
     max_batch_tokens: int = 64,
     prefix_caching: bool = True,
+    num_shard: int = 1,
 ) -> EngineCore:
     config = EngineConfig(
         model=ModelConfig(
@@ -42,6 +49,7 @@ def make_core(
             block_size=block_size, kv_cache_tokens=kv_cache_tokens, prefix_caching=prefix_caching
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
+        parallel=ParallelConfig(num_shard=num_shard),
     )
     return EngineCore.load(config, lambda phase, fraction: None)
 

@@ -103,9 +103,25 @@ def build(
         server=ServerConfig(**filled["server"]),
     )
     _check_limits(config, resolution.sources)
+    _check_shards(config, resolution)
     _check_files(config.server, resolution.sources)
     _check_routes(config.server, resolution.sources)
     return config
+
+
+def _check_shards(config: LaunchConfig, resolution: Resolution) -> None:
+    sharded, count = resolution.values.get("sharded"), config.engine.parallel.num_shard
+    if sharded is True and count == 1:
+        raise UsageError(
+            f"{resolution.sources['sharded']} is true, but the model is to have 1 shard",
+            hint="say how many: --num-shard",
+        )
+    if sharded is False and count > 1:
+        raise UsageError(
+            f"{resolution.sources['sharded']} is false, but {resolution.sources['num_shard']} "
+            f"asks for {count} shards",
+            hint="leave one of them away",
+        )
 
 
 def _check_limits(config: LaunchConfig, sources: dict[str, str]) -> None:

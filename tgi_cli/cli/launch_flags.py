@@ -39,6 +39,7 @@ _QUANTIZATIONS = (
 _NO_PHASES = "prompts and decodes share one token budget per step, nothing waits for a ratio"
 _NO_GRAPHS = "this build captures no CUDA graphs"
 _NO_TUNNEL = "no tunnel is opened; put a reverse proxy in front of the port"
+_NODES = "a model shared by several machines"
 _ONE_MACHINE = "all processes are on this machine and talk over private sockets"
 _ONE_ATTENTION = "there is one paged attention, with chunked prefill always on"
 _ROPE = "RoPE scaling other than the checkpoint's own"
@@ -191,9 +192,23 @@ WORKING = (
         _own(
             "num_threads",
             "parallel.num_threads",
-            "CPU threads that compute; one per core if unset.",
+            "CPU threads that compute, over all shards; one per core if unset.",
             kind="integer",
             minimum=1,
+        ),
+        _tgi(
+            "num_shard",
+            "parallel.num_shard",
+            "Processes that share the model (tensor parallelism).",
+            aliases=("--tensor-parallel-size",),
+            kind="integer",
+            minimum=1,
+        ),
+        _tgi(
+            "sharded",
+            (),
+            "Whether the model is shared; --num-shard alone says so too.",
+            kind="boolean",
         ),
     ),
     *_panel(
@@ -377,8 +392,9 @@ WORKING = (
         ),
         _own(
             "step_timeout",
-            "server.step_timeout",
-            "Seconds one step may take before the engine counts as hung and is restarted.",
+            ("server.step_timeout", "parallel.step_timeout"),
+            "Seconds one step may take before the engine counts as hung and is restarted; "
+            "with shards, seconds without progress in a step (60 if unset).",
             kind="number",
             minimum=0.1,
         ),
@@ -439,21 +455,22 @@ WORKING = (
 STILL_TO_COME = _panel(
     TO_COME,
     _to_come(
-        "num_shard",
-        "tensor parallelism",
-        "Devices that share the model; only 1 so far.",
+        "nnodes",
+        _NODES,
+        "Machines that share the model; only 1 so far.",
         1,
-        field="parallel.num_shard",
-        aliases=("--tensor-parallel-size",),
+        field="parallel.nnodes",
         kind="integer",
         minimum=1,
     ),
     _to_come(
-        "sharded",
-        "tensor parallelism",
-        "Share the model; only false so far.",
-        False,
-        kind="boolean",
+        "node_rank",
+        _NODES,
+        "Which of them this is; only 0 so far.",
+        0,
+        field="parallel.node_rank",
+        kind="integer",
+        minimum=0,
     ),
     _to_come(
         "kv_cache_dtype",

@@ -7,9 +7,11 @@ pipe: when either side goes away the other reads end-of-file. Knows nothing of w
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -46,12 +48,17 @@ class ControlChannel:
         """Close the socket; the peer reads end-of-file."""
         self._sock.close()
 
+    def hang_up(self) -> None:
+        """End the connection in both directions, also for a thread that is reading from it."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def _read(self, size: int) -> bytes | None:
         data = bytearray()
         while len(data) < size:
             try:
                 part = self._sock.recv(size - len(data))
-            except ConnectionResetError:
+            except OSError:  # reset, or closed by another thread
                 return None
             if not part:
                 return None
@@ -72,3 +79,12 @@ def frame(message: Any) -> bytes:
     """Encode one struct as a frame, for an asyncio writer."""
     data = msgspec.msgpack.encode(message)
     return _LENGTH.pack(len(data)) + data
+
+
+def how_it_ended(code: int) -> str:
+    """A process's exit code in words; negative for a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"

@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from tgi_cli.config import EngineConfig
-from tgi_cli.engine.executor import Executor, LocalExecutor, Report
+from tgi_cli.engine.executor import Executor, ModelExecutor, Report
 from tgi_cli.engine.grammar_queue import GrammarQueue
 from tgi_cli.engine.memory_plan import MemoryPlan
 from tgi_cli.engine.messages import (
@@ -86,8 +86,8 @@ class EngineCore:
 
     @classmethod
     def load(cls, config: EngineConfig, report: Report) -> EngineCore:
-        """Load a model and put an engine around it. Raises as `LocalExecutor.load`."""
-        executor = LocalExecutor.load(config, report)
+        """Load a model and put an engine around it. Raises as `ModelExecutor.load`."""
+        executor = ModelExecutor.load(config, report)
         planned = executor.memory_plan
         scheduler = Scheduler(
             config.scheduler,
@@ -105,12 +105,14 @@ class EngineCore:
         """Serve until the transport says to end. Whatever a step raises comes out of here."""
         if self._grammars is not None:
             self._grammars.wake = transport.wake
+        self._executor.on_failure(transport.wake)
         while True:
             messages = transport.receive(wait=not self._can_step())
             if messages is None:
                 return
             for message in messages:
                 self.accept(message)
+            self._executor.check()  # a rank may have died while there was nothing to do
             deltas = self.step()
             if deltas:
                 transport.send(deltas, self.stats())

@@ -1,30 +1,33 @@
-"""What carries out steps: for now one runner in this process.
+"""What carries out steps: rank 0 in this process, and the other ranks if the model is divided.
 
-`Executor` is the seam for several ranks: the same `Step` to each, one answer back. Knows no policy.
+One class for one rank and for many. Every rank gets the same `Step`; rank 0 alone draws, and tells
+the others what with the next one. Knows no policy.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 
 from tgi_cli import hub
 from tgi_cli.config import EngineConfig
-from tgi_cli.engine.kv_cache import KVCache
+from tgi_cli.engine.loading import OpenedModel
 from tgi_cli.engine.machine import return_large_memory, usable_cores
-from tgi_cli.engine.memory_plan import MemoryPlan, check_config, plan
-from tgi_cli.engine.messages import ModelFacts
-from tgi_cli.engine.precision import with_activations
+from tgi_cli.engine.memory_plan import MemoryPlan, check_config
+from tgi_cli.engine.messages import ModelFacts, RankFacts, Request
+from tgi_cli.engine.rank_group import RankGroup
+from tgi_cli.engine.rank_messages import Work
 from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
 from tgi_cli.grammar_compiler import GrammarCompiler
-from tgi_cli.kernels.backend import select
-from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
-from tgi_cli.model.decoder import Decoder
+from tgi_cli.kernels.collective import ALONE
+from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,13 +47,21 @@ class Executor(Protocol):
         """Wait for the oldest submitted step."""
         ...
 
+    def check(self) -> None:
+        """Raise what has ended the executor, if anything has."""
+        ...
+
+    def on_failure(self, call: Callable[[], None]) -> None:
+        """Have `call` made, from another thread, when `check` begins to raise."""
+        ...
+
     def close(self) -> None:
         """Release the model and its memory."""
         ...
 
 
-class LocalExecutor:
-    """One rank, in this process. Made by `load`."""
+class ModelExecutor:
+    """Rank 0 and, behind `group`, the others. Made by `load`."""
 
     def __init__(
         self,
@@ -58,19 +69,22 @@ class LocalExecutor:
         memory_plan: MemoryPlan,
         facts: ModelFacts,
         grammars: GrammarCompiler,
+        group: RankGroup | None,
     ) -> None:
         self._runner: ModelRunner | None = runner
+        self._group = group
+        self._drawn: list[dict[int, list[int]]] = []  # what the other ranks do not know yet
         self.grammars = grammars
         self.memory_plan = memory_plan
         self.facts = facts
 
     @classmethod
-    def load(cls, config: EngineConfig, report: Report) -> LocalExecutor:
+    def load(cls, config: EngineConfig, report: Report) -> ModelExecutor:
         """Fetch the model, plan, read the weights, allocate the cache and warm up.
 
         Raises:
             HubError: the model cannot be found or fetched.
-            EngineError: it is broken, of a kind we cannot run, or does not fit.
+            EngineError: it is broken, of a kind we cannot run, or does not fit; or a rank failed.
             UsageError: the configuration contradicts itself or the model.
         """
         check_config(config)
@@ -84,63 +98,141 @@ class LocalExecutor:
             progress=lambda fraction: report("downloading", fraction),
         )
         report("loading", 0.0)
-        checkpoint = open_checkpoint(str(path))
+        local = msgspec.structs.replace(
+            config, model=msgspec.structs.replace(model, model_id=str(path))
+        )
         threads = config.parallel.num_threads or min(usable_cores(), torch.get_num_threads())
-        backend = select(model.device, num_threads=threads)
-        checkpoint = with_activations(checkpoint, config, backend)
-        planned = plan(checkpoint, config, backend)
-        planned.check()
+        ranks_here = config.parallel.num_shard // config.parallel.nnodes
+        # Opened before any other rank is started: what cannot work is refused at once.
+        opened = OpenedModel(local, rank=0, num_threads=max(1, threads // ranks_here))
         if model.max_model_len is None and (
-            planned.max_model_len < checkpoint.max_position_embeddings
+            opened.plan.max_model_len < opened.checkpoint.max_position_embeddings
         ):
             log.warning(
                 "the context is cut from %d to %d tokens, which is what the KV cache holds",
-                checkpoint.max_position_embeddings,
-                planned.max_model_len,
+                opened.checkpoint.max_position_embeddings,
+                opened.plan.max_model_len,
             )
-        checkpoint = checkpoint.for_length(planned.max_model_len)
-        decoder = Decoder.build(
-            checkpoint,
-            backend,
-            planned.dtype,
-            progress=lambda fraction: report("loading", fraction),
+        group = None
+        if config.parallel.num_shard > 1:
+            group = RankGroup.start(local, opened.backend, threads)
+        try:
+            return cls._loaded(config, path, opened, group, report)
+        except BaseException:
+            if group is not None:
+                group.close()
+            raise
+
+    @classmethod
+    def _loaded(
+        cls,
+        config: EngineConfig,
+        path: Path,
+        opened: OpenedModel,
+        group: RankGroup | None,
+        report: Report,
+    ) -> ModelExecutor:
+        if group is not None:
+            group.agree(opened)
+        grammars = GrammarCompiler(lambda: load_tokenizer(str(path)), opened.checkpoint.vocab_size)
+        runner = opened.build(
+            ALONE if group is None else group.collective,
+            lambda fraction: report("loading", fraction),
+            grammars,
         )
-        grammars = GrammarCompiler(lambda: load_tokenizer(str(path)), checkpoint.vocab_size)
-        runner = ModelRunner(
-            decoder,
-            backend,
-            KVCache(backend, checkpoint.spec, planned),
-            max_rows=config.scheduler.max_num_seqs,
-            max_len=planned.max_model_len,
-            block_size=planned.block_size,
-            grammars=grammars,
-        )
+        others = [] if group is None else group.ready()
+        facts = _facts(config, opened, runner, path, others)
+        executor = cls(runner, opened.plan, facts, grammars, group)
         report("warming up", None)
-        runner.warm_up(config.scheduler.max_batch_tokens, config.scheduler.max_num_seqs)
-        return cls(runner, planned, _facts(config, checkpoint, runner, planned, path), grammars)
+        sizes = config.scheduler.max_batch_tokens, config.scheduler.max_num_seqs
+        for step in runner.warm_up_steps(*sizes):
+            executor.submit(step)
+            executor.collect()
+        return executor
+
+    @property
+    def group(self) -> RankGroup | None:
+        """The other ranks, None if there are none."""
+        return self._group
 
     def submit(self, step: Step) -> None:
-        """Run the model over the step."""
+        """Run the model over the step.
+
+        Raises:
+            EngineError: a rank is gone; names it.
+        """
         assert self._runner is not None
-        self._runner.submit(step)
+        runner, group = self._runner, self._group
+        runner.admit(step)
+        if group is None:
+            runner.run(step)
+            return
+        drawn, self._drawn = self._drawn, []
+        group.ranks.send(Work(step=_to_follow(runner.runnable(step)), drawn=drawn))
+        with group.ranks.step():
+            runner.run(step)
 
     def collect(self) -> StepOutput:
         """Draw its tokens."""
         assert self._runner is not None
-        return self._runner.collect()
+        output = self._runner.collect()
+        if self._group is not None:
+            self._drawn.append({row.row: row.token_ids for row in output.rows if row.token_ids})
+        return output
+
+    def check(self) -> None:
+        """Raise what a rank has failed of."""
+        if self._group is not None:
+            self._group.ranks.check()
+
+    def on_failure(self, call: Callable[[], None]) -> None:
+        """Have `call` made when a rank fails."""
+        if self._group is not None:
+            self._group.ranks.on_failure(call)
 
     def close(self) -> None:
-        """Drop the model."""
+        """Drop the model and end the other ranks."""
         self._runner = None
+        if self._group is not None:
+            self._group.close()
+
+
+def _to_follow(step: Step) -> Step:
+    """The step without what only drawing needs, such as a grammar."""
+    if not step.new_rows:
+        return step
+    return msgspec.structs.replace(
+        step,
+        new_rows=[
+            msgspec.structs.replace(new, request=_undrawn(new.request)) for new in step.new_rows
+        ],
+    )
+
+
+def _undrawn(request: Request) -> Request:
+    wanted = SamplingParams(prompt_logprobs=request.sampling.prompt_logprobs)
+    return msgspec.structs.replace(request, sampling=wanted, grammar=None)
 
 
 def _facts(
     config: EngineConfig,
-    checkpoint: Checkpoint,
+    opened: OpenedModel,
     runner: ModelRunner,
-    planned: MemoryPlan,
     path: Path,
+    others: list[RankFacts],
 ) -> ModelFacts:
+    planned, checkpoint = opened.plan, opened.checkpoint
+    ranks = []
+    if others:
+        own = RankFacts(
+            rank=0,
+            pid=os.getpid(),
+            host=os.uname().nodename,
+            cores=sorted(os.sched_getaffinity(0)),
+            num_threads=opened.backend.num_threads,
+            weights_bytes=planned.weights_bytes,
+        )
+        ranks = [own, *others]
     dtype = str(planned.dtype).removeprefix("torch.")
     return ModelFacts(
         model_id=config.model.model_id,
@@ -162,7 +254,8 @@ def _facts(
         kv_cache_tokens=planned.kv_cache_tokens,
         kv_blocks_total=planned.kv_blocks,
         num_parameters=checkpoint.num_parameters,
-        weights_bytes=planned.weights_bytes,
+        weights_bytes=sum(rank.weights_bytes for rank in ranks) or planned.weights_bytes,
+        ranks=ranks,
     )
 
 

@@ -61,7 +61,7 @@ class InlineClient:
 
     @classmethod
     async def start(cls, config: EngineConfig) -> InlineClient:
-        """Load a model in a thread, then serve it. Raises as `LocalExecutor.load`."""
+        """Load a model in a thread, then serve it. Raises as `ModelExecutor.load`."""
         return cls(await asyncio.to_thread(EngineCore.load, config, _ignore))
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:

@@ -157,10 +157,16 @@ def plan_for(config: EngineConfig) -> MemoryPlan:
 
 def check_config(config: EngineConfig) -> None:
     """Raise `UsageError` for what this engine cannot do yet."""
-    if config.parallel.num_shard > 1:
+    parallel = config.parallel
+    if parallel.num_shard % parallel.nnodes:
         raise UsageError(
-            f"{config.parallel.num_shard} shards are asked for, and only 1 can be run so far",
-            hint="leave --num-shard away",
+            f"{parallel.num_shard} shards do not divide over {parallel.nnodes} nodes",
+            hint="--num-shard counts the shards of all nodes together",
+        )
+    if not 0 <= parallel.node_rank < parallel.nnodes:
+        raise UsageError(
+            f"--node-rank {parallel.node_rank} is not one of {parallel.nnodes} nodes",
+            hint=f"use 0 to {parallel.nnodes - 1}",
         )
     check_quantize(config.model.quantize)
     if config.cache.kv_cache_dtype not in ("auto", config.model.dtype):
@@ -170,15 +176,21 @@ def check_config(config: EngineConfig) -> None:
         )
 
 
-def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> MemoryPlan:
+def plan(
+    checkpoint: Checkpoint, config: EngineConfig, backend: Backend, *, rank: int = 0
+) -> MemoryPlan:
     """Size the KV cache and add everything up. Call it before the weights are loaded.
+
+    With several shards it is the plan of one rank, which may take its share of the memory that is
+    free on its machine.
 
     The pool holds `max_num_seqs` contexts, or what `memory_fraction` of the memory left by the
     weights allows, or exactly `kv_cache_tokens` if told. A context that was not asked for shrinks
     to the pool; one that was is kept, and the plan does not fit.
 
     Raises:
-        UsageError: a context longer than the model's or than the told cache.
+        UsageError: a context longer than the model's or than the told cache, or a number of shards
+            that the model does not divide into.
     """
     dtype = resolve_dtype(config.model.dtype, checkpoint.stored_dtype, backend.device)
     asked = config.model.max_model_len
@@ -190,10 +202,12 @@ def plan(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Memo
             f"the KV cache is to hold {told:,} tokens, less than one context of {asked:,}",
             hint="lower --max-model-len or raise the size of the KV cache",
         )
-    free = backend.free_memory()
-    weights = sized.weights_bytes(dtype)
-    native = backend.reason_against(sized.spec, dtype, config.cache.block_size) is None
-    sizing = _Sizing(sized.spec, config, dtype, max_len, native=native)
+    parallel = config.parallel
+    part = sized.partition(rank, parallel.num_shard)
+    free = backend.free_memory() // (parallel.num_shard // parallel.nnodes)
+    weights = sized.weights_bytes(dtype, part)
+    native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
+    sizing = _Sizing(part.local, config, dtype, max_len, native=native)
     if told is not None:
         tokens = told
     else:

@@ -109,6 +109,17 @@ class Deltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):
 Outbound = Deltas
 
 
+class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank of a model that is divided: where it runs and what it holds."""
+
+    rank: int
+    pid: int
+    host: str
+    cores: list[int]  # it is bound to; empty if to none
+    num_threads: int
+    weights_bytes: int
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side and `/info` need to know of the loaded model.
 
@@ -136,7 +147,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int
     kv_blocks_total: int
     num_parameters: int
-    weights_bytes: int
+    weights_bytes: int  # of all ranks
+    ranks: list[RankFacts] = []  # empty for one process
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from tgi_cli.engine.messages import Request, TokenLogprobs
 from tgi_cli.engine.rows import RowState, TokenHistory
 from tgi_cli.engine.sampler import Sampled, Sampler, num_accepted
 from tgi_cli.engine.step import NewRow, RowOutput, ScheduledRow, Step, StepOutput
-from tgi_cli.errors import TgiError
+from tgi_cli.errors import EngineError, TgiError
 from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.model.decoder import Decoder
@@ -112,19 +114,38 @@ class ModelRunner:
 
     def submit(self, step: Step) -> None:
         """Run the step's positions; its tokens are drawn by `collect`."""
+        self.admit(step)
+        self.run(step)
+
+    def admit(self, step: Step) -> None:
+        """Let rows leave and enter, before `run`."""
         with self._mode():
-            self._submit(step)
+            for freed in step.removed_rows:
+                self._remove(freed)
+            for new in step.new_rows:
+                self._add(new)
+
+    def runnable(self, step: Step) -> Step:
+        """The step without the rows that could not be prepared."""
+        if not self._failed:
+            return step
+        return msgspec.structs.replace(
+            step,
+            rows=[row for row in step.rows if row.row not in self._failed],
+            new_rows=[new for new in step.new_rows if new.row not in self._failed],
+        )
+
+    def run(self, step: Step) -> None:
+        """Compute an admitted step, up to its logits."""
+        with self._mode():
+            self._run(step)
 
     def collect(self) -> StepOutput:
         """Draw the tokens of the oldest submitted step and add them to the rows."""
         with self._mode():
             return self._collect()
 
-    def _submit(self, step: Step) -> None:
-        for freed in step.removed_rows:
-            self._remove(freed)
-        for new in step.new_rows:
-            self._add(new)
+    def _run(self, step: Step) -> None:
         scheduled, errors = step.rows, {}
         if self._failed:
             errors = {
@@ -177,8 +198,18 @@ class ModelRunner:
             outputs[failed] = RowOutput(row=failed, error=error)
         return StepOutput(step_id=step.id, rows=[outputs[row.row] for row in step.rows])
 
-    def warm_up(self, num_tokens: int, num_rows: int) -> None:
-        """Run a prompt, then a draw by several rows, through `submit` and `collect`.
+    def follow(self, token_ids: Mapping[int, Sequence[int]]) -> None:
+        """Instead of `collect`: take the tokens, by row, that another rank drew for the step."""
+        flight = self._in_flight.popleft()
+        if flight.errors:
+            raise EngineError(f"a row that rank 0 prepared failed: {min(flight.errors.values())}")
+        if flight.buffer is not None:
+            self._logit_buffers.append(flight.buffer)
+        for row, ids in token_ids.items():
+            self._history.append(row, ids)
+
+    def warm_up_steps(self, num_tokens: int, num_rows: int) -> Sequence[Step]:
+        """A prompt, then a draw by several rows; to be submitted and collected one by one.
 
         Leaves no row behind. What it writes into blocks, nobody reads: a sequence reads only what
         it wrote or what was published.
@@ -196,14 +227,11 @@ class ModelRunner:
             new_rows.append(NewRow(row=row, request=request, block_ids=table))
             first.append(ScheduledRow(row=row, start=0, num_tokens=length, sample=True))
             second.append(ScheduledRow(row=row, start=length, num_tokens=1, sample=True))
-        for step in (
-            Step(id=-2, rows=first, new_rows=new_rows),
-            Step(id=-1, rows=second),
-        ):
-            self.submit(step)
-            self.collect()
-        for row in range(num_rows):
-            self._remove(row)
+        return (
+            Step(id=-3, rows=first, new_rows=new_rows),
+            Step(id=-2, rows=second),
+            Step(id=-1, rows=[], removed_rows=list(range(num_rows))),
+        )
 
     def _add(self, new: NewRow) -> None:
         request = new.request

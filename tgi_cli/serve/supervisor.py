@@ -22,6 +22,7 @@ import msgspec
 
 from tgi_cli import errors
 from tgi_cli.config import EngineConfig, ServerConfig
+from tgi_cli.engine.control import how_it_ended
 from tgi_cli.engine.messages import (
     Draining,
     EngineStart,
@@ -36,7 +37,7 @@ from tgi_cli.engine.messages import (
 )
 from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
 from tgi_cli.serve.api_keys import read_key_file
-from tgi_cli.serve.child import Child, how_it_ended
+from tgi_cli.serve.child import Child
 from tgi_cli.serve.listener import listen, listen_unix
 from tgi_cli.serve.telemetry_exporter import check_extra
 from tgi_cli.serve.tls import tls_context

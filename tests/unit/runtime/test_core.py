@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -36,6 +36,12 @@ class CountingExecutor:
         self.error: Exception | None = None
         self.closed = False
         self.allowance: threading.Semaphore | None = None  # of steps, if tests hold them back
+
+    def check(self) -> None:
+        pass
+
+    def on_failure(self, call: Callable[[], None]) -> None:
+        pass
 
     def submit(self, step: Step) -> None:
         self.steps.append(step)
@@ -161,6 +167,9 @@ class ScriptedTransport:
     def send(self, deltas: list[Delta], stats: EngineStats) -> None:
         self.sent += deltas
 
+    def wake(self) -> None:
+        pass
+
 
 def test_the_loop_waits_only_without_work() -> None:
     core, _ = make_core()
@@ -217,6 +226,9 @@ def test_an_idle_loop_uses_no_processor() -> None:
             return inbox.get() if wait else []
 
         def send(self, deltas: list[Delta], stats: EngineStats) -> None:
+            pass
+
+        def wake(self) -> None:
             pass
 
     thread = threading.Thread(target=core.run, args=(Blocking(),))

@@ -171,8 +171,20 @@ def test_an_unknown_dtype_is_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (EngineConfig(model=ModelConfig(model_id="m"), parallel=ParallelConfig(num_shard=4)), "4"),
         (EngineConfig(model=ModelConfig(model_id="m", quantize="exl2")), "EXL2 .* reads"),
+        (
+            EngineConfig(
+                model=ModelConfig(model_id="m"), parallel=ParallelConfig(num_shard=3, nnodes=2)
+            ),
+            "3 shards do not divide over 2 nodes",
+        ),
+        (
+            EngineConfig(
+                model=ModelConfig(model_id="m"),
+                parallel=ParallelConfig(num_shard=2, nnodes=2, node_rank=2),
+            ),
+            "--node-rank 2 is not one of 2 nodes",
+        ),
         (
             EngineConfig(
                 model=ModelConfig(model_id="m"), cache=CacheConfig(kv_cache_dtype="fp8_e5m2")
