@@ -76,10 +76,11 @@ def test_a_text_of_the_user(
 @pytest.mark.parametrize(
     ("arguments", "sentence", "way_out"),
     [
-        (["--method", "zip"], "unknown method `zip`", "gptq, "),
+        (["--method", "zip"], "unknown method `zip`", "gptq, awq, fp8, int8"),
         (["--method", "fp8", "--bits", 4], "fp8 with 4 bits", "--bits 8"),
         (["--method", "fp8", "--group-size", 64], "takes no --group-size", "leave"),
         (["--method", "gptq", "--group-size", 48], "a group size of 48", "128, 64, 32"),
+        (["--method", "awq", "--bits", 8], "other servers do not", "--bits 4"),
         (["--method", "gptq", "--bits", 3], "other servers do not", "--bits 4"),
         (["--method", "gptq", "--layout", "awq"], "not stored in the layout `awq`", "gptq or"),
         (["--method", "gptq"], "128 does not divide the 64 inputs", "--group-size 32"),

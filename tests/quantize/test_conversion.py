@@ -28,11 +28,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 32},
     "gptq-8-bit-rows": {"method": "gptq", "bits": 8, "group_size": -1},
     "gptq-compressed": {"method": "gptq", "group_size": 32, "layout": "compressed-tensors"},
+    "awq": {"method": "awq", "group_size": 32},
     "fp8": {"method": "fp8"},
+    "int8": {"method": "int8"},
 }
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"fp8": round_fp8, "int8": round_int8}
 #: Recipes that every family is converted with; the others differ in storage alone.
-METHODS = ("gptq", "fp8")
+METHODS = ("gptq", "awq", "fp8", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +141,19 @@ def test_storage(converted: Callable[..., Any], recipe: str) -> None:
             "weight_shape": (torch.int64, (2,)),
             "bias": (torch.float32, (32,)),
         }
-    elif recipe == "fp8":
+    elif recipe == "awq":
         assert shapes == {
-            "weight": (torch.float8_e4m3fn, (32, 64)),
+            "qweight": (word, (64, 4)),
+            "qzeros": (word, (2, 4)),
+            "scales": (half, (2, 32)),
+            "bias": (half, (32,)),
+        }
+        assert config["zero_point"] is True
+        assert config["version"] == "gemm"
+    else:
+        code = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[recipe]
+        assert shapes == {
+            "weight": (code, (32, 64)),
             "weight_scale": (torch.float32, (32, 1)),
             "bias": (torch.float32, (32,)),
         }

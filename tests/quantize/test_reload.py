@@ -31,10 +31,12 @@ COMPRESSED: dict[str, dict[str, Any]] = {
         "layout": "compressed-tensors",
     },
     "fp8": {"method": "fp8"},
+    "int8": {"method": "int8"},
 }
 PACKED: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 32},
     "gptq-8-bit": {"method": "gptq", "bits": 8, "group_size": 32},
+    "awq": {"method": "awq", "group_size": 32},
 }
 PROMPT = list(range(40, 60))
 NEW_TOKENS = 32
@@ -85,11 +87,11 @@ def test_compressed_tensors_reads_the_same_matrices(
             answer = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS,
                                      do_sample=False, eos_token_id=-1)  # fmt: skip
         assert_greedy(ours, answer[0, len(PROMPT) :].tolist())
-    else:  # they round the activations too
+    else:  # they round the activations too, int8 by another half step
         with torch.inference_mode():
             best = theirs(tokens).logits[0].argmax(-1).tolist()
         agreeing = sum(a == b for a, b in zip(best, outcome.expected, strict=True))
-        assert agreeing >= 0.9 * len(best)
+        assert agreeing >= 0.8 * len(best)
 
 
 def test_every_loader_is_asked(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

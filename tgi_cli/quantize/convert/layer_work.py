@@ -167,6 +167,11 @@ class LayerWork:
         return self.spec.names.layer.format(index=self.index)
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint, in which norms are stored again."""
+        return self._checkpoint.stored_dtype
+
+    @property
     def tensor_names(self) -> list[str]:
         """All tensors of this layer in the checkpoint."""
         ignored = self.spec.names.ignored

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tgi_cli.quantize.convert.folding import fold, tied
 from tgi_cli.quantize.convert.layer_work import LayerWork, Point
 from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import Stream
 from tgi_cli.quantize.methods import gptq
-from tgi_cli.quantize.methods.activations import round_fp8
+from tgi_cli.quantize.methods.activations import round_fp8, round_int8
 from tgi_cli.quantize.methods.fp8 import quantize_rows
 from tgi_cli.quantize.methods.grid import fit
 from tgi_cli.quantize.methods.matrix import QuantizedMatrix
+from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
 
 
@@ -60,6 +63,53 @@ def fp8_layer(
     return done
 
 
+def awq_layer(
+    work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
+) -> QuantizedLayer:
+    """Scales on all inputs first, as folding changes matrices before; then clipping and rounding.
+
+    Folded gains keep the dtype of the checkpoint. Clipping is the grid's search.
+    """
+    assert stream is not None
+    done = QuantizedLayer({}, {})
+    seen = dict(zip(work.points, work.observe(stream, work.points), strict=True))
+    for point in work.points:
+        scales = awq_scales(
+            work.weight(point), seen[point], recipe.bits, recipe.group_size, partial(tied, point)
+        )
+        seen[point] = seen[point].divided(fold(work, point, scales, work.stored_dtype))
+    for point in work.points:
+        weight, inputs = work.weight(point), seen[point]
+        grid = fit(
+            weight,
+            recipe.bits,
+            recipe.group_size,
+            symmetric=False,
+            scale_dtype=scale_dtype,
+            moments=inputs.moments,
+        )
+        _store(work, point, grid.nearest(weight), weight, inputs, done)
+    return done
+
+
+def int8_layer(
+    work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
+) -> QuantizedLayer:
+    """SmoothQuant behind the norms, then GPTQ by output row; activations are rounded too."""
+    assert stream is not None
+    done = QuantizedLayer({}, {})
+    smoothed = [point for point in work.points if point.producer.kind == "norm"]
+    for point, inputs in zip(smoothed, work.observe(stream, smoothed), strict=True):
+        scales = smoothing_scales(work.weight(point), inputs, partial(tied, point))
+        fold(work, point, scales, work.stored_dtype)
+    work.round_inputs(round_int8)
+    for point in work.points:
+        [inputs] = work.observe(stream, [point])
+        weight = work.weight(point)
+        _store(work, point, _solved(weight, inputs, recipe, scale_dtype), weight, inputs, done)
+    return done
+
+
 def _solved(
     weight: Tensor, inputs: InputStatistics, recipe: Recipe, scale_dtype: torch.dtype
 ) -> QuantizedMatrix:
@@ -96,5 +146,7 @@ def _store(
 
 PROCEDURES: dict[str, Procedure] = {
     "gptq": gptq_layer,
+    "awq": awq_layer,
     "fp8": fp8_layer,
+    "int8": int8_layer,
 }

@@ -18,7 +18,7 @@ from tgi_cli.quantize.convert.layout import Layout
 
 MethodName = Literal["gptq", "awq", "fp8", "int8"]
 LayoutName = Literal["gptq", "awq", "compressed-tensors"]
-METHODS: tuple[MethodName, ...] = ("gptq", "fp8")
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 GROUP_SIZES = (128, 64, 32)

@@ -29,7 +29,8 @@ from tgi_cli.quantize.convert.recipe import LayoutName
 
 MAX_TOKENS = 64  # of the text
 _TIMEOUT = 900.0  # seconds; GPT-QModel compiles a kernel on its first use
-_LEAST_AGREEMENT = 0.9  # below it, the loader reads other numbers than were written
+# Below it, the loader reads other numbers than were written; roundings of activations differ.
+_LEAST_AGREEMENT = 0.8
 
 #: Loaders by name, the packages each needs, and the layouts it is asked about.
 _LOADERS: dict[str, tuple[tuple[str, ...], tuple[LayoutName, ...]]] = {

@@ -1,0 +1,98 @@
+"""Scales on inputs: folding them changes nothing, and those that are chosen help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.quantize.conversion import samples
+from tgi_cli.kernels.backend import select
+from tgi_cli.model.checkpoint import open_checkpoint
+from tgi_cli.quantize.convert.folding import fold, tied
+from tgi_cli.quantize.convert.layer_work import LayerWork
+from tgi_cli.quantize.convert.quality import embed
+from tgi_cli.quantize.convert.stream import Stream
+from tgi_cli.quantize.methods.activations import round_int8
+from tgi_cli.quantize.methods.grid import fit
+from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
+from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
+
+
+@pytest.mark.parametrize("gains", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-biased-tied", "qwen3", "gemma3"])
+def test_folding_changes_nothing(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, gains: torch.dtype
+) -> None:
+    """Not even with gains that are rounded when they are stored."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family))).for_length(32)
+    backend = select("cpu", num_threads=1)
+    start = Stream(tmp_path, "states", (4, 32, 64), 0)
+    embed(checkpoint, backend, samples(4, 32, seed=3).tokens, start)
+
+    def run(work: LayerWork) -> torch.Tensor:
+        return torch.cat([states for _, states in work.advance(start).batches()])
+
+    work = LayerWork(checkpoint, backend, 0)
+    before = run(work)
+    generator = torch.Generator().manual_seed(0)
+    for point in work.points:
+        old = work.weight(point)
+        scales = tied(point, torch.rand(old.shape[1], generator=generator) * 2 + 0.2)
+        applied = fold(work, point, scales, gains)
+        torch.testing.assert_close(applied, scales, rtol=0.05, atol=0)
+        torch.testing.assert_close(work.weight(point), old * applied)
+    torch.testing.assert_close(run(work), before, atol=1e-4, rtol=1e-4)
+
+
+def uneven(columns: int = 64) -> tuple[torch.Tensor, InputStatistics, torch.Tensor]:
+    """A matrix, statistics of inputs of which few columns are very large, and those inputs."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.ones(columns)
+    sizes[::16] = 30.0
+    rows = torch.randn(600, columns, generator=generator) * sizes
+    inputs = InputStatistics(columns, torch.device("cpu"))
+    inputs.add(rows)
+    return torch.randn(48, columns, generator=generator), inputs, rows
+
+
+def as_they_are(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def test_awq_scales_halve_the_error_of_uneven_inputs() -> None:
+    weight, inputs, _ = uneven()
+
+    def error(scales: torch.Tensor) -> float:
+        grid = fit(weight * scales, 4, 32, symmetric=False, scale_dtype=torch.float16)
+        rounded = grid.nearest(weight * scales).dequantize() / scales
+        return output_error(weight, rounded, inputs.moments)
+
+    scales = awq_scales(weight, inputs, 4, 32, as_they_are)
+    assert error(scales) < 0.5 * error(torch.ones(64))
+    assert scales[::16].min() > scales[1::16].max()
+
+
+def test_smoothing_scales_halve_the_error_of_uneven_inputs() -> None:
+    weight, inputs, rows = uneven()
+
+    def error(scales: torch.Tensor) -> float:
+        ours = round_int8(rows / scales) @ round_int8(weight * scales).T
+        return float((ours - rows @ weight.T).norm() / (rows @ weight.T).norm())
+
+    assert error(smoothing_scales(weight, inputs, as_they_are)) < 0.5 * error(torch.ones(64))
+
+
+def test_divided_statistics_are_those_of_divided_inputs() -> None:
+    _, inputs, rows = uneven()
+    scales = torch.linspace(0.5, 2, 64)
+    expected = InputStatistics(64, torch.device("cpu"))
+    expected.add(rows / scales)
+    divided = inputs.divided(scales)
+    torch.testing.assert_close(divided.moments, expected.moments, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(divided.mean_magnitude, expected.mean_magnitude)
+    torch.testing.assert_close(divided.largest, expected.largest)
+    torch.testing.assert_close(divided.sample, expected.sample)
+    assert divided.count == expected.count
