@@ -247,6 +247,11 @@ class PackedWeight:
         return Grouped(codes, rows(floats[..., :parts]), minima)
 
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != torch.bfloat16:
+            raise ValueError(
+                f"activations must be bfloat16 [tokens, {self.in_features}], "
+                f"not {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            )
         x = x.contiguous()
         tokens, n, k = x.shape[0], self.out_features, self.in_features
         out = torch.empty((tokens, n), dtype=dtype)

@@ -122,6 +122,11 @@ class NativeStep:
         """
         step = self._input(batch, kv_caches)
         count = len(batch.logit_rows)
+        if len(out) < count or out.shape[1] != self._spec.vocab_size:
+            raise ValueError(
+                f"logits of {count} rows need [{count}, {self._spec.vocab_size}], "
+                f"not {list(out.shape)}"
+            )
         step.hidden, step.logit_rows = pointer(self._buffers["narrow"]), pointer(batch.logit_rows)
         own = out if self._ranks is None else torch.empty((count, self._program.head.n))
         step.logits, step.num_logits = pointer(own), count
