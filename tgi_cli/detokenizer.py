@@ -77,6 +77,8 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False
         self._num_tokens = 0
+        # Nothing held back and nothing to look for: a plain token's text is its own.
+        self._whole = False
         self._held = ""  # decoded, but perhaps the start of a stop string
         self._held_from: list[tuple[int, int]] = []  # (token index, characters) that make `_held`
         self._stopped: str | None = None
@@ -90,6 +92,11 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take the next tokens of the answer; those after a stop string are ignored."""
+        if self._whole and len(token_ids) == 1:
+            plain = self._tokenizer.plain_text(token_ids[0])
+            if plain is not None:
+                self._num_tokens += 1
+                return TextDelta(plain, [plain])
         texts: list[str] = []
         token_texts: list[str] = []
         for token_id in token_ids:
@@ -99,6 +106,7 @@ class Detokenizer:
             texts.append(text)
             token_texts.append(token_text)
             self._num_tokens += 1
+        self._whole = self._begun and not self._stop and not self._decoder.getstate()[0]
         return TextDelta("".join(texts), token_texts, self._stopped, self._stop_span)
 
     def finish(self) -> str:

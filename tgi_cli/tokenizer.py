@@ -47,6 +47,7 @@ class Tokenizer:
         vocab = source.tokenizer.get_vocab(with_added_tokens=True)
         self._vocab_size = max(vocab.values(), default=-1) + 1
         self._cache: dict[int, bytes] = {}
+        self._plain: dict[int, str | None] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -142,6 +143,15 @@ class Tokenizer:
             raw = self._bytes.convert(content) if content else b""
             self._cache[token_id] = raw
         return raw
+
+    def plain_text(self, token_id: int) -> str | None:
+        """Text of a token that is neither special nor other than ASCII, as most are; else None."""
+        text = self._plain.get(token_id, "")
+        if text == "":
+            raw = self.token_bytes(token_id)
+            plain = bool(raw) and raw.isascii() and token_id not in self._special
+            text = self._plain[token_id] = raw.decode("ascii") if plain else None
+        return text
 
     def first_bytes(self, raw: bytes) -> bytes:
         """`raw` without the space that SentencePiece vocabularies drop where a text begins."""

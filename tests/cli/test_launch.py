@@ -42,7 +42,8 @@ download-dir hf-token trust-remote-code load-format tokenizer-mode swap-space bl
 pipeline-parallel-size data-parallel-size enable-lora lora-modules speculative-config
 limit-mm-per-prompt disable-log-requests disable-log-stats uvicorn-log-level ssl-keyfile
 ssl-certfile quantization ssl-ca-certs ssl-cert-reqs uds api-server-count allowed-origins
-max-num-queued-reqs otlp-traces-endpoint guided-decoding-backend scheduling-policy max-logprobs response-role root-path
+max-num-queued-reqs otlp-traces-endpoint guided-decoding-backend scheduling-policy max-logprobs
+response-role root-path
 """
 # What the launch line of TGI's documentation asks for.
 LAUNCH_LINE = """--model-id meta-llama/Llama-3.1-70B-Instruct --num-shard 4

@@ -17,13 +17,14 @@ from tgi_cli.errors import EngineUnavailable, InvalidRequest
 class OpenStream:
     """One answer on its way: `request`, and `received` tokens in order."""
 
-    __slots__ = ("_failure", "_pending", "_waiting", "received", "request")
+    __slots__ = ("_failure", "_loop", "_pending", "_waiting", "received", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.received: list[int] = list(request.output_ids)
         self._pending: Delta | None = None
         self._failure: EngineUnavailable | None = None
+        self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[None] | None = None  # the reader's, while it waits
 
     def feed(self, delta: Delta) -> None:
@@ -42,7 +43,7 @@ class OpenStream:
         while self._pending is None:
             if self._failure is not None:
                 raise self._failure
-            self._waiting = asyncio.get_running_loop().create_future()
+            self._waiting = self._loop.create_future()
             await self._waiting
         delta, self._pending = self._pending, None
         return delta

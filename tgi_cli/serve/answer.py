@@ -16,7 +16,7 @@ import msgspec
 
 from tgi_cli.detokenizer import Detokenizer
 from tgi_cli.engine.client import EngineClient
-from tgi_cli.engine.messages import Request, TokenLogprobs
+from tgi_cli.engine.messages import Delta, Request, TokenLogprobs
 from tgi_cli.errors import GenerationFailed
 from tgi_cli.serve.prometheus import Metrics
 from tgi_cli.tokenizer import Tokenizer
@@ -72,6 +72,9 @@ class Answer:
         self._client = client
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._detokenizer: Detokenizer
+        self._pieces: list[str] = []
+        self._started = self._last = 0.0
         self._on_end = on_end
         self._continues = continues
         self._include_stop = include_stop
@@ -95,63 +98,76 @@ class Answer:
 
         Raises `GenerationFailed` if the engine gives up on it, `EngineUnavailable` if it dies.
         """
-        sampling = self.request.sampling
-        detokenizer = Detokenizer(
+        self._detokenizer = Detokenizer(
             self._tokenizer,
             self.request.prompt_ids if self._continues else (),
-            stop=sampling.stop,
+            stop=self.request.sampling.stop,
             include_stop=self._include_stop,
             keep=self._keep,
         )
-        pieces: list[str] = []
-        started = last = time.perf_counter()
+        self._started = self._last = time.perf_counter()
         try:
             async with aclosing(self._client.generate(self.request)) as deltas:
                 async for delta in deltas:
-                    if delta.finish in ("error", "abort"):
-                        raise GenerationFailed(delta.error or "the engine aborted this request")
-                    now = time.perf_counter()
-                    ids = delta.token_ids
-                    if not self.output_ids:
-                        self.queue_time = delta.queue_time
-                        self.num_cached_tokens = delta.num_cached_tokens
-                        self.prompt_logprobs = delta.prompt_logprobs
-                    if ids:
-                        if not self.output_ids:
-                            self.first_token_time = now - started
-                            self._metrics.first_token(self.first_token_time)
-                        else:
-                            self._metrics.next_tokens(len(ids), now - last)
-                        last = now
-                    read = detokenizer.push(ids)
-                    text, finish = read.text, delta.finish
-                    if finish is not None:
-                        text += detokenizer.finish()
-                    if detokenizer.stopped is not None:
-                        finish = "stop_string"
-                    ids = ids[: len(read.token_texts)]  # what follows a stop string does not count
-                    logprobs = delta.logprobs[: len(ids)] if delta.logprobs else None
-                    self.output_ids += ids
-                    self.logprobs += logprobs or []
-                    pieces.append(text)
-                    self.token_texts += read.token_texts
-                    if finish is not None:
-                        self.total_time = now - started
-                        self.text = "".join(pieces)
-                        self.finish = finish
-                        self.stop_string = detokenizer.stopped
-                        self._metrics.finished(
-                            self.request,
-                            num_generated=len(self.output_ids),
-                            queue_time=self.queue_time,
-                            total_time=self.total_time,
-                        )
-                    yield TextEvent(text, ids, read.token_texts, logprobs, finish)
-                    if finish is not None:
+                    event = self._take(delta)
+                    yield event
+                    if event.finish is not None:
                         return
             raise GenerationFailed("the engine's answer ended before its end")
         finally:
             self._on_end(self)
+
+    def _take(self, delta: Delta) -> TextEvent:
+        """Add what one step brought. Runs for every token of every client: nothing is idle here."""
+        finish = delta.finish
+        if finish == "error" or finish == "abort":
+            raise GenerationFailed(delta.error or "the engine aborted this request")
+        ids = delta.token_ids
+        now = time.perf_counter()
+        if not self.output_ids:
+            self._first(delta, now)
+        elif ids:
+            self._metrics.next_tokens(len(ids), now - self._last)
+        self._last = now
+        read = self._detokenizer.push(ids)
+        text = read.text
+        if finish is not None:
+            text += self._detokenizer.finish()
+        if read.stopped is not None:
+            finish = "stop_string"
+            ids = ids[: len(read.token_texts)]  # what follows a stop string does not count
+        logprobs = None
+        if delta.logprobs:
+            logprobs = delta.logprobs[: len(ids)]
+            self.logprobs += logprobs
+        self.output_ids += ids
+        self.token_texts += read.token_texts
+        self._pieces.append(text)
+        if finish is not None:
+            self._finish(finish, now)
+        return TextEvent(text, ids, read.token_texts, logprobs, finish)
+
+    def _first(self, delta: Delta, now: float) -> None:
+        """Take what comes once, with the first token."""
+        self.queue_time = delta.queue_time
+        self.num_cached_tokens = delta.num_cached_tokens
+        self.prompt_logprobs = delta.prompt_logprobs
+        if delta.token_ids:
+            self.first_token_time = now - self._started
+            self._metrics.first_token(self.first_token_time)
+
+    def _finish(self, finish: str, now: float) -> None:
+        """The answer is complete."""
+        self.total_time = now - self._started
+        self.text = "".join(self._pieces)
+        self.finish = finish
+        self.stop_string = self._detokenizer.stopped
+        self._metrics.finished(
+            self.request,
+            num_generated=len(self.output_ids),
+            queue_time=self.queue_time,
+            total_time=self.total_time,
+        )
 
     async def complete(self) -> None:
         """Run to the end without looking at the events."""
