@@ -108,7 +108,11 @@ async def test_reasoning_and_tool_calls(site: Site) -> None:
         msgspec.convert(event, shapes.ChatCompletionChunk)
 
 
-async def test_models(site: Site) -> None:
-    for path, kind in (("/v1/models", shapes.ModelsInfo), ("/v1/models/tgi", shapes.ModelInfo)):
+async def test_models_and_facts(site: Site) -> None:
+    for path, kind in (
+        ("/v1/models", shapes.ModelsInfo),
+        ("/v1/models/tgi", shapes.ModelInfo),
+        ("/info", shapes.Info),
+    ):
         async with site.session.get(path) as response:
             msgspec.convert(await response.json(), kind)

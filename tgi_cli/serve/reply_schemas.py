@@ -299,3 +299,37 @@ class ModelsInfo(Reply):
 
     object: Literal["list"]
     data: list[ModelInfo]
+
+
+class Info(Reply):
+    """Answer of `GET /info`: TGI's facts, and more of the loaded model."""
+
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int
+    max_total_tokens: int
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+    architecture: str
+    num_parameters: int
+    weights_bytes: int
+    quantization: str | None
+    model_dtype: str
+    activation_dtype: str
+    kv_cache_dtype: str
+    model_device_type: str
+    backend: str
+    deterministic: bool
+    max_num_seqs: int
+    max_batch_tokens: int
+    block_size: int
+    kv_cache_tokens: int
+    http_workers: int

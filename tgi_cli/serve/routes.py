@@ -186,7 +186,7 @@ ROUTES: Final = (
         needs_key=False,
     ),
     _reads("/detokenize", detokenize, DetokenizeRequest, shapes.DetokenizeResponse),
-    _get("/info", info, _TGI),
+    _get("/info", info, _TGI, shapes.Info),
     _get("/", health, _SERVER),
     _get("/health", health, _SERVER),
     _get("/ping", health, _SERVER),
