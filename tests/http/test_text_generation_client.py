@@ -6,15 +6,13 @@ demands `tool_calls` in every chunk and cannot read `[DONE]`, so it never worked
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.http.live import LiveServer
+from tests.http.own_venv import python_with, run_script
 
 _SCRIPT = """
 import asyncio, sys
@@ -60,28 +58,10 @@ print("done")
 """
 
 
-@pytest.fixture(scope="session")
-def old_python(pytestconfig: pytest.Config) -> Path:
-    """The interpreter of a virtual environment with the client, kept in pytest's cache."""
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("text-generation-0.7.0") / sys.version.split()[0]
-    python = folder / "bin" / "python"
-    done = folder / "installed"
-    if not done.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "text-generation==0.7.0"], check=True)
-        done.touch()
-    return python
-
-
 @pytest.mark.contract
 def test_text_generation_client(
-    old_python: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    pytestconfig: pytest.Config, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    script = tmp_path / "client.py"
-    script.write_text(_SCRIPT)
+    python = python_with(pytestconfig, "text-generation==0.7.0")
     with LiveServer(tiny_checkpoint("llama"), "--dtype", "float32") as server:
-        result = subprocess.run(
-            [old_python, script, server.url], capture_output=True, text=True, timeout=120
-        )
-    assert result.stdout == "done\n", result.stderr
+        run_script(python, _SCRIPT, server.url)

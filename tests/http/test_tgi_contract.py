@@ -1,8 +1,8 @@
 """Our OpenAPI document against Text Generation Inference's, field by field.
 
-`data/tgi-openapi.json` holds the names and types of the document that TGI 3.3.6 carried (Apache-2.0),
-without its texts. Every operation, status, field and type there exists here, but for what is listed
-below with its reason; an exception that is none any more fails too.
+`data/tgi-openapi.json` holds the names and types of the document that TGI 3.3.6 carried
+(Apache-2.0), without its texts. Every operation, status, field and type there exists here, but for
+what is listed below with its reason; an exception that is none any more fails too.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One operation: what is registered with aiohttp, and what the document says of it.
 
     `bodies` are the structs its JSON body may be, in the order they are tried. `replies` are the
-    types its answer may have (none: not described), `events` those of its server-sent events.
-    `query` names its optional query parameters. `generates`: it runs the model, and can fail as
-    that can.
+    types its answer may have (none: not described; no `media`: an empty answer), `events` those
+    of its server-sent events. `query` names its optional query parameters. `generates`: it runs
+    the model, and can fail as that can.
     Its summary is the handler's own.
     """
 
@@ -118,7 +118,7 @@ def build_document(routes: Sequence[Route]) -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if route.replies or not route.events:
+    if route.replies or (route.media and not route.events):
         content[route.media] = _any_of(route.replies)
     if route.events:
         content[_EVENTS] = _any_of(route.events)
@@ -126,7 +126,10 @@ def _operation(route: Route) -> dict[str, Any]:
         "operationId": _operation_id(route),
         "summary": (route.handler.__doc__ or "").strip().partition("\n")[0],
         "tags": [route.tag],
-        "responses": {"200": {"description": "The answer", "content": content}, **_errors(route)},
+        "responses": {
+            "200": {"description": "The answer", **({"content": content} if content else {})},
+            **_errors(route),
+        },
     }
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
