@@ -71,15 +71,15 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, bool]] =
     "w8a16": ("pack-quantized", arguments(num_bits=8, group_size=128), None, True),
     "w8a8": ("int-quantized", arguments(num_bits=8, strategy="channel"), INT8_TOKENS, True),
     "w8a8-tensor": ("int-quantized", arguments(num_bits=8, strategy="tensor"), INT8_TOKENS, True),
-    "fp8": ("float-quantized", arguments(**FP8, strategy="channel"), FP8_TOKENS, False),
-    "fp8-tensor": ("float-quantized", arguments(**FP8, strategy="tensor"), FP8_TOKENS, False),
+    "fp8": ("float-quantized", arguments(**FP8, strategy="channel"), FP8_TOKENS, True),
+    "fp8-tensor": ("float-quantized", arguments(**FP8, strategy="tensor"), FP8_TOKENS, True),
     "fp8-block": (
         "float-quantized",
         arguments(**FP8, strategy="block", block_structure=[128, 128]),
         None,
-        False,
+        True,
     ),
-    "mxfp4": ("mxfp4-pack-quantized", arguments(type="float", group_size=32), None, False),
+    "mxfp4": ("mxfp4-pack-quantized", arguments(type="float", group_size=32), None, True),
 }  # fmt: skip
 
 
@@ -190,27 +190,22 @@ def test_logits_equal_those_of_transformers(compressed: tuple[Path, Path, bool])
 
 
 @pytest.mark.parametrize(
-    ("options", "packs"),
+    "options",
     [
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, False),
-        (
-            {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-            },
-            False,
-        ),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, False),
-        ({"load_in_8bit": True}, True),
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_8bit": True},
     ],
     ids=["nf4", "nf4-double", "fp4", "int8"],
 )
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes warns of kernels it cannot fetch
 @pytest.mark.parametrize("sizes", [SIZES, {**SIZES, "intermediate_size": 96}], ids=["", "ragged"])
-def test_bitsandbytes(
-    options: dict[str, Any], packs: bool, sizes: dict[str, int], tmp_path: Path
-) -> None:
+def test_bitsandbytes(options: dict[str, Any], sizes: dict[str, int], tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -229,7 +224,7 @@ def test_bitsandbytes(
             meanings[f"{name}.weight"] = codes.float() * (scale / 127).unsqueeze(1)
         elif f"{name}.weight" in state:
             meanings[f"{name}.weight"] = state[f"{name}.weight"].float()
-    check(tmp_path / "packed", twin_of(source, tmp_path / "twin", meanings), packs=packs)
+    check(tmp_path / "packed", twin_of(source, tmp_path / "twin", meanings), packs=True)
 
 
 def meant(bnb: Any, weight: Any) -> Tensor:

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Packer, dict[str, Any], bool]] = {
     "fp8-block": (
         packers.float8((128, 128), "weight_scale_inv"),
         {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-        False,
+        True,
     ),
     "fp8-ragged-block": (
         packers.float8((48, 48), "weight_scale_inv"),
@@ -82,14 +82,14 @@ CASES: dict[str, tuple[Packer, dict[str, Any], bool]] = {
     "fp8-tensor": (
         packers.float8((0, 0), "weight_scale", "scalar"),
         {"quant_method": "fp8", "activation_scheme": "static"},
-        False,
+        True,
     ),
     "fbgemm-fp8": (
         packers.float8((1, 0), "weight_scale"),
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
-        False,
+        True,
     ),
-    "mxfp4": (packers.mxfp4(), {"quant_method": "mxfp4"}, False),
+    "mxfp4": (packers.mxfp4(), {"quant_method": "mxfp4"}, True),
 }  # fmt: skip
 
 

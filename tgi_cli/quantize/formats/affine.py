@@ -11,15 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from tgi_cli.kernels.grouped import (
-    INT4,
-    INT4_MINIMUM_FLOAT,
-    INT8,
-    INT8_MINIMUM_FLOAT,
-    Grouped,
-    GroupScheme,
-)
-from tgi_cli.quantize.formats.packed import finite
+from tgi_cli.kernels.grouped import INT4, INT8, Grouped, GroupScheme, wide
+from tgi_cli.quantize.formats.packed import RUN, finite
 
 
 class AffineMatrix(ABC):
@@ -86,10 +79,10 @@ class AffineMatrix(ABC):
         return codes.mul_(scales[:, index])
 
     def rows(self, start: int, end: int) -> Grouped:
-        """Rows in `scheme`: scales repeated for its groups, zero points as minima if it has them.
+        """Rows in `scheme`, zero points as minima.
 
-        Exact: a minimum is `-zero * scale` in float32, which holds products of half-precision
-        numbers and codes.
+        Scales are repeated where a short last group makes the scheme's groups smaller. A minimum
+        is `-zero * scale` in float32, exact for products of half-precision scales and codes.
         """
         scheme = self.scheme
         assert scheme is not None
@@ -104,12 +97,15 @@ class AffineMatrix(ABC):
         return Grouped(codes, self._spread(scales.to(scheme.scale), scheme), minima)
 
     def _fitting(self, scale: torch.dtype) -> GroupScheme | None:
-        if self.symmetric and scale == torch.float16:
-            scheme = INT4 if self.bits <= 4 else INT8
-        else:
-            scheme = INT4_MINIMUM_FLOAT if self.bits <= 4 else INT8_MINIMUM_FLOAT
-        whole = self._size >= self.in_features or self._size % scheme.group == 0
-        return scheme if whole and self.in_features % scheme.group == 0 else None
+        group = self._size if self.in_features % self._size == 0 else RUN
+        if self._size % RUN and self._size < self.in_features:
+            return None  # groups begin inside a run
+        if self.in_features % RUN:
+            return None
+        group = min(group, self.in_features)
+        if self.symmetric and scale == torch.float16 and group == RUN:
+            return INT4 if self.bits <= 4 else INT8
+        return wide(4 if self.bits <= 4 else 8, group, minimum=not self.symmetric)
 
     def _spread(self, values: Tensor, scheme: GroupScheme) -> Tensor:
         """[rows, stored groups] -> [rows, groups of the scheme]."""

@@ -25,8 +25,6 @@ from tgi_cli.quantize.formats.packed import (
     stack,
 )
 from tgi_cli.quantize.formats.roundings import (
-    FP4,
-    NF4,
     Float8Rows,
     Int4Groups,
     Int8Groups,
@@ -34,6 +32,7 @@ from tgi_cli.quantize.formats.roundings import (
     Rounding,
     TableBlocks,
 )
+from tgi_cli.quantize.formats.roundings import decoded as rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,8 @@ METHODS: dict[str, Method] = {
     "int4": Method(Int4Groups(), Int8Groups()),
     "eetq": Method(Int8Rows(), Int8Groups()),
     "bitsandbytes": Method(Int8Rows(), Int8Groups()),
-    "bitsandbytes-nf4": Method(TableBlocks(NF4), None),
-    "bitsandbytes-fp4": Method(TableBlocks(FP4), None),
+    "bitsandbytes-nf4": Method(TableBlocks("nf4"), None),
+    "bitsandbytes-fp4": Method(TableBlocks("fp4"), None),
     "fp8": Method(Float8Rows(), None),
 }
 
@@ -65,14 +64,15 @@ class RoundedMatrix:
     def __init__(self, dense: Tensor, rounding: Rounding) -> None:
         self.out_features, self.in_features = dense.shape
         self.nbytes = dense.nbytes
-        self.group = rounding.group or 1
-        whole = self.in_features % RUN == 0
-        self.scheme = rounding.scheme if whole else None
+        scheme = rounding.scheme(self.in_features)
+        self.scheme: GroupScheme | None = scheme if self.in_features % rounding.unit == 0 else None
+        # One scale for a whole row is that of every part of it.
+        self.group = 1 if scheme.group == self.in_features else scheme.group
         self._dense, self._rounding = dense, rounding
 
     def decode(self, start: int, end: int) -> Tensor:
         """Rounded rows in float32."""
-        return self._rounding.decoded(self._dense[start:end].float())
+        return rounded(self._rounding, self._dense[start:end].float())
 
     def rows(self, start: int, end: int) -> Grouped:
         """Rounded rows in `scheme`."""
@@ -80,7 +80,7 @@ class RoundedMatrix:
 
     def gather(self, indices: Tensor) -> Tensor:
         """Some rows, rounded: [n] int64 -> [n, in_features] float32."""
-        return self._rounding.decoded(self._dense[indices].float())
+        return rounded(self._rounding, self._dense[indices].float())
 
 
 @dataclass
@@ -116,9 +116,10 @@ class AtLoadFormat:
         """See `Format.scheme`."""
         if not self.packs or not all(self.covers(source, key) for key in keys):
             return None
-        rounding = self._rounding(keys[0])
-        whole = all(source.shape(key)[1] % RUN == 0 for key in keys)
-        return None if rounding is None or not whole else rounding.scheme
+        rounding, columns = self._rounding(keys[0]), source.shape(keys[0])[1]
+        if rounding is None or columns % rounding.unit:
+            return None
+        return rounding.scheme(columns)
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """A matrix that will be rounded, or one that was, dense in `dtype`.
@@ -149,8 +150,10 @@ class AtLoadFormat:
         rounding = self._rounding(key)
         if rounding is None or not self.covers(source, key):
             return 1
+        columns = source.shape(key)[1]
+        group = rounding.scheme(columns).group
         packed = self.scheme(source, [key]) is not None
-        return max(rounding.group or 1, RUN if packed else 1)
+        return max(1 if group == columns else group, RUN if packed else 1)
 
     def fuse(self, parts: Sequence[Weight]) -> Weight:
         """Stack matrices of equal `in_features`."""

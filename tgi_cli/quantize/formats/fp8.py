@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgi_cli.kernels.grouped import Grouped, GroupScheme
+from tgi_cli.kernels.grouped import Grouped, GroupScheme, wide
 from tgi_cli.quantize.formats.base import TensorSource
-from tgi_cli.quantize.formats.packed import PackedFormat, finite, tensor, wrong
+from tgi_cli.quantize.formats.packed import RUN, PackedFormat, finite, tensor, wrong
 from tgi_cli.quantize.formats.settings import Settings
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -56,27 +56,39 @@ class Fp8Format(PackedFormat):
 class Fp8Matrix:
     """One matrix (see `packed.StoredMatrix`): `scales` float32 holds one for each `block`."""
 
-    scheme: GroupScheme | None = None
-
     def __init__(self, key: str, weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
         self.key = key
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes + scales.nbytes
         self.weight, self.scales, self.block = weight, scales, block
         self.group = 1 if block[1] >= self.in_features else block[1]
+        self.scheme: GroupScheme | None = None
+        width = min(block[1], self.in_features)
+        if (
+            weight.dtype == torch.float8_e4m3fn
+            and width % RUN == 0
+            and self.in_features % width == 0
+        ):
+            self.scheme = wide(8, width, codes="e4m3")
 
     def decode(self, start: int, end: int) -> Tensor:
         """Rows in float32."""
-        height, width = self.block
-        blocks = torch.arange(start, end) // height
-        scales = finite(self.key, self.scales)[blocks]
+        width, scales = self.block[1], self._scales(start, end)
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(width, dim=1)[:, : self.in_features]
         return self.weight[start:end].float().mul_(scales)
 
     def rows(self, start: int, end: int) -> Grouped:
-        """No scheme holds such numbers."""
-        raise ValueError("a matrix of 8-bit floats has no groups of integers")
+        """The same rows in `scheme`."""
+        codes = self.weight[start:end].view(torch.uint8)
+        if bool(((codes & 127) == 127).any()):
+            raise wrong(self.key, "stands beside weights that are not numbers")
+        return Grouped(codes, self._scales(start, end))
+
+    def _scales(self, start: int, end: int) -> Tensor:
+        """Scales of these outputs: [rows, groups]."""
+        blocks = torch.arange(start, end) // self.block[0]
+        return finite(self.key, self.scales)[blocks]
 
 
 def fp8_matrix(

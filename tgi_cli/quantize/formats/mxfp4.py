@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tgi_cli.quantize.formats.base import TensorSource
 from tgi_cli.quantize.formats.packed import PackedFormat, tensor, wrong
-from tgi_cli.quantize.formats.table import E2M1, TableMatrix
+from tgi_cli.quantize.formats.table import TableMatrix
 
 BLOCK = 32
 
@@ -40,4 +40,4 @@ def mxfp4_matrix(key: str, packed: Tensor, exponents: Tensor) -> TableMatrix:
         raise wrong(key, "holds scales that are not numbers")
     shape = (packed.shape[0], packed.shape[1] * 2)
     scales = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
-    return TableMatrix(key, shape, packed, torch.tensor(E2M1), scales, BLOCK, high_first=False)
+    return TableMatrix(key, shape, packed, "e2m1", scales, BLOCK, high_first=False)

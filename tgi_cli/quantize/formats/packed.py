@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -68,8 +69,12 @@ class Slice:
         self.nbytes = whole.nbytes // shard.world_size
         self.group = whole.group
         scheme = whole.scheme
-        aligned = scheme is None or not any(edge % max(scheme.group, RUN) for edge in self._columns)
-        self.scheme = scheme if aligned else None
+        # One scale for a whole row is that of every part of it.
+        self._rows_share = scheme is not None and scheme.group == whole.in_features
+        if scheme is not None and self._rows_share:
+            scheme = replace(scheme, group=self.in_features)
+        unit = RUN if scheme is None or self._rows_share else max(scheme.group, RUN)
+        self.scheme = None if any(edge % unit for edge in self._columns) else scheme
 
     def decode(self, start: int, end: int) -> Tensor:
         """See `StoredMatrix.decode`."""
@@ -81,7 +86,7 @@ class Slice:
         assert self.scheme is not None
         first, (left, right) = self._first_row, self._columns
         found, size = self._whole.rows(first + start, first + end), self.scheme.group
-        groups = slice(left // size, right // size)
+        groups = slice(None) if self._rows_share else slice(left // size, right // size)
         minima = found.minima
         return Grouped(
             found.codes[:, left:right],

@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tgi_cli.kernels.grouped import Grouped, GroupScheme
-from tgi_cli.quantize.formats.packed import finite
-
-#: The values of a 4-bit float with two bits of exponent and one of mantissa (OCP MX, E2M1).
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+from tgi_cli.kernels.grouped import TABLES, Grouped, GroupScheme, wide
+from tgi_cli.quantize.formats.packed import RUN, finite
 
 
 class TableMatrix:
@@ -23,20 +20,18 @@ class TableMatrix:
         key: the tensor of scales, for errors.
         shape: outputs and inputs; the inputs are even.
         packed: uint8, two codes in a byte, row after row.
-        table: [16] float32.
+        table: [16] float32, or the name of one of `kernels.grouped.TABLES`.
         scales: float32, one for each `block` codes, row after row.
         block: codes that share a scale.
         high_first: the upper half of a byte comes first.
     """
-
-    scheme: GroupScheme | None = None
 
     def __init__(
         self,
         key: str,
         shape: tuple[int, int],
         packed: Tensor,
-        table: Tensor,
+        table: Tensor | str,
         scales: Tensor,
         block: int,
         *,
@@ -45,19 +40,22 @@ class TableMatrix:
         self.key = key
         self.out_features, self.in_features = shape
         self.nbytes = packed.nbytes + scales.nbytes
-        self.table, self.scales = table, scales.flatten()
+        named = table if isinstance(table, str) else _name_of(table)
+        self.table = torch.tensor(TABLES[table]) if isinstance(table, str) else table
+        self.scales = scales.flatten()
         self._bytes = packed.reshape(self.out_features, -1)
         self._block = block
         self._high_first = high_first
         # Blocks that cross the ends of rows have no kernel, so they may be cut anywhere.
-        self.group = 1 if self.in_features % block else block
+        whole = self.in_features % block == 0
+        self.group = block if whole else 1
+        self.scheme: GroupScheme | None = None
+        if whole and block % RUN == 0 and named is not None:
+            self.scheme = wide(4, block, codes=named)
 
     def decode(self, start: int, end: int) -> Tensor:
         """Rows in float32."""
-        packed = self._bytes[start:end]
-        halves = (packed >> 4, packed & 15) if self._high_first else (packed & 15, packed >> 4)
-        codes = torch.stack(halves, dim=-1).flatten()
-        values = self.table.index_select(0, codes.int())
+        values = self.table.index_select(0, self._codes(start, end).flatten().int())
         first = start * self.in_features
         blocks = torch.arange(first // self._block, -(-end * self.in_features // self._block))
         scales = finite(self.key, self.scales[blocks]).repeat_interleave(self._block)
@@ -65,5 +63,20 @@ class TableMatrix:
         return values.view(end - start, self.in_features)
 
     def rows(self, start: int, end: int) -> Grouped:
-        """No scheme holds such codes."""
-        raise ValueError("a matrix of table indices has no groups of integers")
+        """The same rows in `scheme`."""
+        scales = self.scales.view(self.out_features, -1)[start:end]
+        return Grouped(self._codes(start, end), finite(self.key, scales))
+
+    def _codes(self, start: int, end: int) -> Tensor:
+        """uint8 [rows, in_features]."""
+        packed = self._bytes[start:end]
+        halves = (packed >> 4, packed & 15) if self._high_first else (packed & 15, packed >> 4)
+        return torch.stack(halves, dim=-1).flatten(1)
+
+
+def _name_of(table: Tensor) -> str | None:
+    """The name of the table that kernels know by one, if this is it."""
+    for name, values in TABLES.items():
+        if torch.equal(table, torch.tensor(values)):
+            return name
+    return None
