@@ -28,6 +28,8 @@ NATIVE = library.load() is not None
 TOKENS = torch.randint(3, 512, (48,), generator=torch.Generator().manual_seed(5)).tolist()
 #: Mean error of logits in their standard deviations with activations rounded to int8.
 NEAR = 0.05
+#: The same with activations of bfloat16; of the dense model 0.018.
+NEARER = 0.025
 KEY = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -121,7 +123,10 @@ def test_logits(case: tuple[Path, Path, bool]) -> None:
     # ... and the kernels multiply them by rounded activations.
     with native(kept) as driver:
         error = (driver.run(TOKENS, 48) - truth).abs().mean()
-    assert error <= NEAR * truth.std()
+    assert error <= (NEAR if kept.rounds_activations else NEARER) * truth.std()
+    with native(checkpoint.keeping_blocks(wide_activations=True)) as driver:
+        error = (driver.run(TOKENS, 48) - truth).abs().mean()
+    assert error <= NEARER * truth.std()
 
 
 def test_matrices_and_their_shards(case: tuple[Path, Path, bool]) -> None:

@@ -65,7 +65,8 @@ def test_int8_activations_cost_little() -> None:
     truths = [true.afresh(max_len=LENGTH, block_size=16).run(text, LENGTH) for text in texts]
     costs = {}
     checkpoint = open_checkpoint(str(path)).for_length(LENGTH)
-    for name, held in (("bfloat16", checkpoint), ("int8", checkpoint.keeping_blocks())):
+    exact = checkpoint.keeping_blocks(wide_activations=True)
+    for name, held in (("bfloat16", exact), ("int8", checkpoint.keeping_blocks())):
         with native(held, max_len=LENGTH) as driver:
             cost = costs[name] = Cost()
             for text, truth in zip(texts, truths, strict=True):

@@ -11,6 +11,8 @@ from tgi_cli.kernels.grouped import Grouped, GroupScheme
 class RandomGroups:
     """A `GroupedRows` of random codes, scales and minima."""
 
+    wide_activations = False
+
     def __init__(self, scheme: GroupScheme, rows: int, columns: int) -> None:
         generator = torch.Generator().manual_seed(rows * 1000 + columns)
         shape = (rows, columns // scheme.group)

@@ -244,7 +244,7 @@ def _facts(
         device=planned.device,
         backend=runner.kernels,
         quantization=None if checkpoint.format.name == "dense" else checkpoint.format.name,
-        activation_dtype="int8" if checkpoint.keeps_blocks else dtype,
+        activation_dtype="int8" if checkpoint.rounds_activations else dtype,
         deterministic=runner.deterministic,
         vocab_size=checkpoint.vocab_size,
         max_model_len=planned.max_model_len,

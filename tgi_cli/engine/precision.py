@@ -104,9 +104,9 @@ def _stored_name(checkpoint: Checkpoint) -> str:
 
 
 def with_activations(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> Checkpoint:
-    """The checkpoint as it is to be held: quantized if asked, packed for int8 activations.
+    """The checkpoint as it is to be held: quantized if asked, packed where kernels multiply it so.
 
-    `auto` takes int8 where the checkpoint is quantized and native kernels will run it.
+    `auto` rounds activations to int8 where the weights are integers and native kernels will run.
 
     Raises:
         UsageError: int8 is asked for and impossible, an unknown name, or a quantization that does
@@ -116,8 +116,6 @@ def with_activations(checkpoint: Checkpoint, config: EngineConfig, backend: Back
     asked = config.model.activation_dtype
     if asked not in _CHOICES:
         raise UsageError(f"unknown activation dtype `{asked}`", hint=f"use {', '.join(_CHOICES)}")
-    if asked == "bfloat16":
-        return checkpoint
     dtype = resolve_dtype(config.model.dtype, checkpoint.stored_dtype, backend.device)
     reason = (
         backend.reason_against(checkpoint.spec, dtype, config.cache.block_size)
@@ -125,8 +123,10 @@ def with_activations(checkpoint: Checkpoint, config: EngineConfig, backend: Back
         else "its weights are not quantized in a form that such kernels multiply"
     )
     if reason is None:
-        return checkpoint.keeping_blocks()
-    if asked == "int8":
+        checkpoint = checkpoint.keeping_blocks(wide_activations=asked == "bfloat16")
+        if not checkpoint.rounds_activations:
+            reason = "its weights are floats of 4 or 8 bits, which multiply 16-bit activations"
+    if asked == "int8" and reason is not None:
         raise UsageError(
             f"int8 activations cannot be used for this model: {reason}",
             hint="leave --activation-dtype away",

@@ -105,11 +105,15 @@ class Grouped:
 
 @runtime_checkable
 class GroupedRows(Protocol):
-    """A weight that can give itself as groups, some rows at a time."""
+    """A weight that can give itself as groups, some rows at a time.
+
+    `wide_activations` asks to multiply integers by bf16 activations instead of int8 ones.
+    """
 
     in_features: int
     out_features: int
     scheme: GroupScheme
+    wide_activations: bool
 
     def rows(self, start: int, end: int) -> Grouped:
         """Rows `start` up to `end`."""

@@ -16,6 +16,7 @@ import torch
 
 from tgi_cli.errors import CheckpointError, UsageError
 from tgi_cli.kernels.cpu.packed import matrix_bytes
+from tgi_cli.kernels.grouped import GroupScheme
 from tgi_cli.model.families import architecture_of, read_spec
 from tgi_cli.model.gguf_config import hf_config
 from tgi_cli.model.gguf_source import GgufSource
@@ -74,23 +75,31 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        """Whether matrices are stored in groups of integers that native kernels can multiply."""
-        packing = self.format.packing()
-        return any(packing.scheme(self.source, [key]) for key in self._used())
+        """Whether matrices are stored in a form that native kernels multiply."""
+        return bool(self._schemes(self.format.packing()))
 
     @property
     def keeps_blocks(self) -> bool:
-        """Whether such matrices stay as they are, and activations are rounded to int8 for them."""
+        """Whether such matrices stay as they are."""
         return self.format.packs
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations are rounded to int8 for them: integers that stay as they are."""
+        return not self.format.wide_activations and any(
+            scheme.codes == "integer" for scheme in self._schemes(self.format)
+        )
 
     def quantized_at_load(self, method: str) -> Checkpoint:
         """The same dense checkpoint with its matrices rounded by `method` while they are read."""
         names = self.spec.names
         return replace(self, format=AtLoadFormat(method, (names.embedding, names.head)))
 
-    def keeping_blocks(self) -> Checkpoint:
+    def keeping_blocks(self, *, wide_activations: bool = False) -> Checkpoint:
         """The same checkpoint with its quantized matrices left as stored."""
-        return replace(self, format=self.format.packing()) if self.quantized else self
+        if not self.quantized:
+            return self
+        return replace(self, format=self.format.packing(wide_activations=wide_activations))
 
     def partition(self, rank: int, world_size: int) -> Partition:
         """What rank `rank` of `world_size` holds.
@@ -133,6 +142,10 @@ class Checkpoint:
         if scheme is not None:
             return matrix_bytes(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
         return sum(map(math.prod, shapes)) * dtype.itemsize
+
+    def _schemes(self, format: Format) -> set[GroupScheme]:
+        found = {format.scheme(self.source, [key]) for key in self._used()}
+        return {scheme for scheme in found if scheme is not None}
 
     def for_length(self, length: int) -> Checkpoint:
         """The same checkpoint for contexts of `length` tokens, which fixes its rotary tables.

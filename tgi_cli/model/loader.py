@@ -109,8 +109,8 @@ class Loader:
             )
         if self._decoded:
             log.warning(
-                "%d matrices of this %s checkpoint are decoded to %s, as no kernel here "
-                "multiplies them in their form; they take %d bits per weight",
+                "%d packed matrices (%s) are decoded to %s and take %d bits per weight: no kernel "
+                "that runs here multiplies them in their form",
                 self._decoded,
                 self.format.name,
                 str(self.dtype).removeprefix("torch."),

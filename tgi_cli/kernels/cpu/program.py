@@ -179,7 +179,12 @@ class NativeStep:
 
     def _packed(self, weight: Any, *, interleaved: bool = False) -> PackedWeight:
         if isinstance(weight, GroupedRows):
-            return PackedWeight.grouped(self._context, weight, interleaved=interleaved)
+            return PackedWeight.grouped(
+                self._context,
+                weight,
+                interleaved=interleaved,
+                wide_activations=weight.wide_activations,
+            )
         dense = weight.dequantize().to(torch.bfloat16)
         return PackedWeight.dense(self._context, dense, interleaved=interleaved)
 

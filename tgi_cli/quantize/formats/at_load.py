@@ -90,10 +90,11 @@ class AtLoadFormat:
     name: str
     ends: tuple[str, str]
     packs: bool = False
+    wide_activations: bool = False
 
-    def packing(self) -> AtLoadFormat:
+    def packing(self, *, wide_activations: bool = False) -> AtLoadFormat:
         """See `Format.packing`."""
-        return replace(self, packs=True)
+        return replace(self, packs=True, wide_activations=wide_activations)
 
     def names(self, source: TensorSource) -> list[str]:
         """The checkpoint is dense."""
@@ -132,7 +133,7 @@ class AtLoadFormat:
             return DenseFormat().load(source, key, shard, dtype)
         matrix = self._matrix(source, key, shard, rounding)
         if self.packs and matrix.scheme is not None:
-            return GroupedWeight([matrix], dtype)
+            return GroupedWeight([matrix], dtype, wide_activations=self.wide_activations)
         return DenseWeight(decoded(matrix, dtype))
 
     def table(
@@ -143,7 +144,7 @@ class AtLoadFormat:
         if rounding is None or self.scheme(source, [key]) is None:
             return None
         matrix = RoundedMatrix(source.read(key, shard), rounding)
-        return GroupedTable(matrix, matrix, dtype)
+        return GroupedTable(matrix, matrix, dtype, wide_activations=self.wide_activations)
 
     def column_unit(self, source: TensorSource, key: str) -> int:
         """Whole groups, and whole runs of inputs where a kernel multiplies them."""

@@ -99,13 +99,15 @@ class Format(Protocol):
 
     A matrix is known by the name it has in the dense model (`….weight`), whatever tensors it is
     stored in. `packs` says whether matrices stay as stored where a kernel multiplies them so; else
-    they are decoded when they are loaded.
+    they are decoded when they are loaded. With `wide_activations` packed integers are multiplied
+    by 16-bit activations instead of int8 ones.
     """
 
     name: str
     packs: bool
+    wide_activations: bool
 
-    def packing(self) -> Format:
+    def packing(self, *, wide_activations: bool = False) -> Format:
         """The same format with `packs` on."""
         ...
 

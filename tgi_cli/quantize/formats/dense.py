@@ -47,8 +47,9 @@ class DenseFormat:
 
     name = "dense"
     packs = False
+    wide_activations = False
 
-    def packing(self) -> DenseFormat:
+    def packing(self, *, wide_activations: bool = False) -> DenseFormat:
         """Nothing can be packed."""
         return self
 

@@ -123,12 +123,13 @@ class GgufFormat:
 
     name = "gguf"
 
-    def __init__(self, *, packs: bool = False) -> None:
+    def __init__(self, *, packs: bool = False, wide_activations: bool = False) -> None:
         self.packs = packs
+        self.wide_activations = wide_activations
 
-    def packing(self) -> GgufFormat:
+    def packing(self, *, wide_activations: bool = False) -> GgufFormat:
         """See `Format.packing`."""
-        return GgufFormat(packs=True)
+        return GgufFormat(packs=True, wide_activations=wide_activations)
 
     def names(self, source: TensorSource) -> list[str]:
         """The source has translated them."""
@@ -161,7 +162,8 @@ class GgufFormat:
         """
         packed = _matrix(source, key)
         if self.packs and packed.kind.scheme is not None:
-            return GroupedWeight([BlockMatrix(packed.shard(shard))], dtype)
+            matrix = BlockMatrix(packed.shard(shard))
+            return GroupedWeight([matrix], dtype, wide_activations=self.wide_activations)
         return DenseWeight(packed.unpack(dtype, shard))
 
     def table(
@@ -171,7 +173,7 @@ class GgufFormat:
         if self.scheme(source, [key]) is None:
             return None
         matrix = BlockMatrix(_matrix(source, key).shard(shard))
-        return GroupedTable(matrix, matrix, dtype)
+        return GroupedTable(matrix, matrix, dtype, wide_activations=self.wide_activations)
 
     def column_unit(self, source: TensorSource, key: str) -> int:
         """Blocks that are kept are cut between runs of inputs, others anywhere."""

@@ -111,7 +111,9 @@ class GroupedWeight:
     decoding itself each time, which is right and slow. `dtype` is that of the activations.
     """
 
-    def __init__(self, parts: Sequence[StoredMatrix], dtype: torch.dtype) -> None:
+    def __init__(
+        self, parts: Sequence[StoredMatrix], dtype: torch.dtype, *, wide_activations: bool = False
+    ) -> None:
         schemes = {part.scheme for part in parts}
         scheme = schemes.pop()
         if schemes or scheme is None:
@@ -119,6 +121,7 @@ class GroupedWeight:
         self.parts = tuple(parts)
         self.scheme = scheme
         self.dtype = dtype
+        self.wide_activations = wide_activations
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)
@@ -165,8 +168,15 @@ class Rows(Protocol):
 class GroupedTable(GroupedWeight):
     """A token table that stays packed."""
 
-    def __init__(self, part: StoredMatrix, lookup: Rows, dtype: torch.dtype) -> None:
-        super().__init__([part], dtype)
+    def __init__(
+        self,
+        part: StoredMatrix,
+        lookup: Rows,
+        dtype: torch.dtype,
+        *,
+        wide_activations: bool = False,
+    ) -> None:
+        super().__init__([part], dtype, wide_activations=wide_activations)
         self._lookup = lookup
 
     def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,7 +188,12 @@ def stack(parts: Sequence[Weight]) -> Weight:
     """Stack along the output: packed where all are of one scheme, else dense."""
     grouped = [part for part in parts if isinstance(part, GroupedWeight)]
     if len(grouped) == len(parts) and len({part.scheme for part in grouped}) == 1:
-        return GroupedWeight([each for part in grouped for each in part.parts], grouped[0].dtype)
+        first = grouped[0]
+        return GroupedWeight(
+            [each for part in grouped for each in part.parts],
+            first.dtype,
+            wide_activations=first.wide_activations,
+        )
     return DenseFormat().fuse(
         [
             DenseWeight(part.dequantize().to(part.dtype))
@@ -202,6 +217,7 @@ class PackedFormat(ABC):
     marks: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     packs = False
+    wide_activations = False
 
     @abstractmethod
     def stored(self, source: TensorSource, key: str) -> StoredMatrix:
@@ -211,10 +227,10 @@ class PackedFormat(ABC):
             CheckpointError: a tensor is missing or has a wrong shape or dtype.
         """
 
-    def packing(self) -> Self:
+    def packing(self, *, wide_activations: bool = False) -> Self:
         """See `Format.packing`."""
         made = copy(self)
-        made.packs = True
+        made.packs, made.wide_activations = True, wide_activations
         return made
 
     def names(self, source: TensorSource) -> list[str]:
@@ -267,7 +283,7 @@ class PackedFormat(ABC):
         if shard.dim is not None and shard.world_size > 1:
             matrix = Slice(matrix, shard, key)
         if self.packs and matrix.scheme is not None:
-            return GroupedWeight([matrix], dtype)
+            return GroupedWeight([matrix], dtype, wide_activations=self.wide_activations)
         return DenseWeight(decoded(matrix, dtype))
 
     def table(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> None:
