@@ -45,6 +45,9 @@ def test_json_report() -> None:
     assert report["packages"]["torch"] == torch.__version__
     assert report["packages"]["flash-attn"] is None or report["packages"]["flash-attn"]
     assert 1 <= report["cpu"]["usable_cores"] <= report["cpu"]["cores"]
+    for count, shares in report["cpu"]["cores_of_shards"].items():
+        assert len(shares) == int(count)
+        assert len({core for share in shares for core in share}) == sum(map(len, shares))
     assert 0 < report["memory"]["available_bytes"] <= report["memory"]["total_bytes"]
     assert report["kernels"]["deterministic"] in (True, False)
     assert report["kernels"]["threads"] >= 1

@@ -113,6 +113,13 @@ async def test_a_server_says_which_rank_it_lost(tiny_checkpoint: Callable[..., P
                 assert "SIGKILL" in stream.events[-1]["error"]["message"]
         server.wait_ready()
         assert server.post("/v1/completions", SHORT)[0] == 200
+        info = server.get("/info")[1]
+        assert info["num_shard"] == 2
+        ranks = [(rank["rank"], rank["pid"]) for rank in info["ranks"]]
+        assert [rank for rank, _ in ranks] == [0, 1]
+        assert all(psutil.pid_exists(pid) for _, pid in ranks)
+        held = [name for name in server.metrics() if name.startswith("tgi_rank_weights_bytes{")]
+        assert len(held) == 2
         assert "ERROR" in server.stderr
         wait_until(lambda: gone([worker, engine]))
         family = server.family()

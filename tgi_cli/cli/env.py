@@ -42,6 +42,10 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "cpu", f"{cpu['model']} ({cpu['architecture']})"
     yield "cpu features", " ".join(cpu["features"]) or "unknown"
     yield "cores", f"{cpu['usable_cores']} usable of {cpu['cores']}"
+    yield "NUMA nodes", str(max(1, len(cpu["numa_nodes"])))
+    for count, shares in cpu["cores_of_shards"].items():
+        listed = "; ".join(",".join(map(str, share)) for share in shares)
+        yield f"cores of {count} shards", listed
     yield (
         "memory",
         f"{_gib(memory['available_bytes'])} free of {_gib(memory['total_bytes'])}",

@@ -17,6 +17,7 @@ import psutil
 
 from tgi_cli import __version__, config
 from tgi_cli.cli.launch_flags import SETTINGS
+from tgi_cli.engine.cores import cores_by_node, numa_nodes, share_out
 from tgi_cli.engine.machine import usable_cores
 
 PACKAGES = (
@@ -134,6 +135,12 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": os.cpu_count() or 1,
         "usable_cores": usable_cores(),
+        "numa_nodes": list(numa_nodes().values()),
+        "cores_of_shards": {
+            str(count): [list(own) for own in share_out(cores_by_node(), count)]
+            for count in (2, 4, 8)
+            if count <= usable_cores()
+        },
         "features": [name for flag, name in _CPU_FEATURES.items() if flag in flags],
     }
 

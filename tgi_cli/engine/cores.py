@@ -21,7 +21,13 @@ def share_out(cores: Sequence[int], num_ranks: int) -> list[tuple[int, ...]]:
 
 def cores_by_node(nodes: Path = _NODES) -> list[int]:
     """The cores this thread may run on, those of one NUMA node together."""
-    node_of: dict[int, int] = {}
+    node_of = {core: node for node, cores in numa_nodes(nodes).items() for core in cores}
+    return sorted(os.sched_getaffinity(0), key=lambda core: (node_of.get(core, 0), core))
+
+
+def numa_nodes(nodes: Path = _NODES) -> dict[int, list[int]]:
+    """The cores of each NUMA node; empty where the kernel does not say."""
+    found: dict[int, list[int]] = {}
     for path in nodes.glob("node[0-9]*"):
         number = int(path.name.removeprefix("node"))
         try:
@@ -29,8 +35,8 @@ def cores_by_node(nodes: Path = _NODES) -> list[int]:
         except OSError:
             continue
         for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed):
-            node_of.update(dict.fromkeys(range(int(first), int(last or first) + 1), number))
-    return sorted(os.sched_getaffinity(0), key=lambda core: (node_of.get(core, 0), core))
+            found.setdefault(number, []).extend(range(int(first), int(last or first) + 1))
+    return dict(sorted(found.items()))
 
 
 def bind(cores: Sequence[int]) -> None:

@@ -208,6 +208,15 @@ class Metrics:
         )
         for name, what, value in gauges:
             yield GaugeMetricFamily(name, what, float(value))
+        ranks = GaugeMetricFamily(
+            "tgi_rank_weights_bytes",
+            "Weights that one rank of a model in several processes holds",
+            labels=["rank", "host", "pid", "threads"],
+        )
+        for rank in () if facts is None else facts.ranks:
+            where = [str(rank.rank), rank.host, str(rank.pid), str(rank.num_threads)]
+            ranks.add_metric(where, float(rank.weights_bytes))
+        yield ranks
         counters = (
             ("tgi_engine_steps", "Steps run by this engine", stats.num_steps),
             ("tgi_engine_prompt_tokens", "Prompt tokens computed or found", stats.prompt_tokens),

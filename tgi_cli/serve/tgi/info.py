@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -47,6 +48,8 @@ async def info(request: web.Request) -> web.Response:
         "block_size": facts.block_size,
         "kv_cache_tokens": facts.kv_cache_tokens,
         "http_workers": config.http_workers,
+        "num_shard": len(facts.ranks) or 1,
+        "ranks": [msgspec.to_builtins(rank) for rank in facts.ranks],
     }
     return json_response(body)
 
