@@ -133,7 +133,8 @@ async def test_hung_engine_with_two_http_workers(model: Path) -> None:
             hung.send_signal(signal.SIGSTOP)
             for stream in streams:
                 await stream.closed()
-                assert "sign of life" in stream.events[-1]["error"]["message"]
+                said = stream.events[-1]["error"]["message"]
+                assert "no sign of life for 1.5 seconds: its process is stopped" in said
         wait_until(lambda: gone([hung]))
         server.wait_ready()
 

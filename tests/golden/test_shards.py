@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,3 +96,26 @@ def test_a_request_that_cannot_run_ends_alone(tiny_checkpoint: Callable[..., Pat
         assert ends["good"].finish == "length"
     finally:
         core.close()
+
+
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 4), ("bfloat16", 16)])
+def test_ranks_that_share_no_memory_meet_in_gloo(
+    dtype: str, block_size: int, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """What runs without the native library; with it, the native step calls back into Python."""
+    path = tiny_checkpoint("qwen3", dtype=torch.bfloat16)
+    program = [sys.executable, "-m", "tests.golden.gloo_ranks", path, dtype, str(block_size)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    over_gloo = json.loads(done.stdout)
+    core = make_core(path, dtype=dtype, block_size=block_size, num_shard=2)
+    try:
+        asked = [
+            request_of(f"r{i}", [7 + i, *range(20, 30 + 9 * i)], max_tokens=16, ignore_eos=True)
+            for i in range(3)
+        ]
+        answers = run(core, asked, stagger=2)
+    finally:
+        core.close()
+    # Both add in the order of the ranks, so even the bits are those of shared memory.
+    assert [answers[request.id].token_ids for request in asked] == over_gloo

@@ -6,6 +6,8 @@ Everything that only exists when a model is divided, so that the executor has on
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.cores import bind, cores_by_node, share_out
@@ -22,11 +24,14 @@ from tgi_cli.kernels.cpu.collective import SharedMemory
 class RankGroup:
     """Rank 0's end of everything; made by `start`, ended by `close`."""
 
-    def __init__(self, ranks: Ranks, config: EngineConfig, memory_fd: int | None) -> None:
+    def __init__(
+        self, ranks: Ranks, config: EngineConfig, memory_fd: int | None, folder: str | None
+    ) -> None:
         self.ranks = ranks
         self.collective: Collective = ALONE
         self._config = config
         self._memory_fd = memory_fd
+        self._folder = folder  # private, where ranks meet that share no memory
         self._cores_before = os.sched_getaffinity(0)
 
     @classmethod
@@ -39,9 +44,11 @@ class RankGroup:
             num_threads: of all ranks of this machine together.
         """
         world_size = config.parallel.num_shard
-        memory_fd = None
+        memory_fd = folder = None
         if shares_memory(backend, config.parallel.nnodes) and backend.native is not None:
             memory_fd = SharedMemory.create(backend.native, world_size)
+        else:
+            folder = tempfile.mkdtemp(prefix="tgi-ranks-")
         cores = share_out(cores_by_node(), world_size)
         peers: list[Peer] = []
         try:
@@ -51,12 +58,14 @@ class RankGroup:
                     rank=rank,
                     cores=cores[rank],
                     num_threads=max(1, num_threads // world_size),
+                    store=_store(folder),
                 )
                 peers.append(Peer.spawn(start, memory_fd))
         except BaseException:
             Ranks(peers, step_timeout=config.parallel.step_timeout).close()
             raise
-        group = cls(Ranks(peers, step_timeout=config.parallel.step_timeout), config, memory_fd)
+        ranks = Ranks(peers, step_timeout=config.parallel.step_timeout)
+        group = cls(ranks, config, memory_fd, folder)
         bind(cores[0])
         return group
 
@@ -78,7 +87,7 @@ class RankGroup:
             rank=0,
             world_size=self._config.parallel.num_shard,
             memory_fd=self._memory_fd,
-            store="",
+            store=_store(self._folder),
         )
         self._memory_fd = None
         self.ranks.abort, self.ranks.progress = self.collective.abort, self.collective.progress
@@ -91,6 +100,12 @@ class RankGroup:
         """End the other ranks and give this one its cores back."""
         self.ranks.close()
         bind(sorted(self._cores_before))
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         if self._memory_fd is not None:
             os.close(self._memory_fd)
             self._memory_fd = None
+
+
+def _store(folder: str | None) -> str:
+    return "" if folder is None else f"file://{folder}/store"

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import psutil
+
 from tgi_cli.engine.control import frame, receive_frames
 
 
@@ -67,6 +69,15 @@ class Child:
     def alive(self) -> bool:
         """Whether it has not been seen to end."""
         return self._process.returncode is None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP)."""
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)  # type: ignore[no-untyped-call]
+            status = process.status()  # type: ignore[no-untyped-call]
+            return bool(status == psutil.STATUS_STOPPED)
+        return False
 
     def send(self, message: Any) -> None:
         """Queue one struct; a child that is gone is noticed by whoever awaits it."""

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` counts
 _MAX_WORKER_RESTARTS = 10
+_SILENCE = 1.5  # seconds without a heartbeat before the engine's process is looked at
 _EXIT_PATIENCE = 5.0  # seconds for a child to leave after its channel closed
 
 _decode = msgspec.msgpack.Decoder(Status).decode
@@ -199,9 +200,9 @@ class Supervisor:
         reported: TgiError | None = None
         while True:
             try:
-                data = await asyncio.wait_for(engine.receive(), timeout if ready else None)
-            except TimeoutError:
-                reported = EngineError(f"the engine gave no sign of life for {timeout:g} seconds")
+                data = await _hear(engine, timeout if ready else None)
+            except TimeoutError as error:
+                reported = EngineError(f"the engine gave no sign of life for {error}")
                 engine.kill()
                 break
             if data is None:
@@ -297,6 +298,25 @@ class Supervisor:
         if self._engine is not None:
             children.append(self._engine)
         await asyncio.gather(*(child.end(patience) for child in children))
+
+
+async def _hear(engine: Child, timeout: float | None) -> bytes | None:
+    """Its next frame. Raises `TimeoutError` after `timeout` seconds, or soon if it is stopped."""
+    receiving = asyncio.ensure_future(engine.receive())
+    waited = 0.0
+    try:
+        while True:
+            patience = _SILENCE if timeout is None else min(_SILENCE, timeout - waited)
+            done, _ = await asyncio.wait([receiving], timeout=patience)
+            if done:
+                return receiving.result()
+            waited += patience
+            if engine.stopped:
+                raise TimeoutError(f"{waited:g} seconds: its process is stopped")
+            if timeout is not None and waited >= timeout:
+                raise TimeoutError(f"{waited:g} seconds")
+    finally:
+        receiving.cancel()
 
 
 def error_of(failed: Failed) -> TgiError:
