@@ -65,33 +65,42 @@ def byte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_byte_tokenizer(tmp_path_factory.mktemp("bytes"))
 
 
+async def start_site(
+    byte_folder: Path, *, opened: bool = True, max_model_len: int = 512, **options: Any
+) -> tuple[Site, Callable[[], Awaitable[None]]]:
+    """A running application and how to stop it; options of ServerConfig."""
+    tokenizer = load_tokenizer(str(byte_folder))
+    facts = byte_facts(str(byte_folder), max_model_len=max_model_len)
+    engine = ScriptedClient(lambda text: tokenizer.encode(text, False), facts)
+    app = build_app(ServerConfig(**options), engine, model_id="org/bytes")
+    if opened:
+        app[DOOR].open(Texts(tokenizer, ChatTemplate.of(tokenizer)), facts)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    listener = web.TCPSite(runner, "127.0.0.1", 0)
+    await listener.start()
+    site = Site(app, engine, f"http://127.0.0.1:{runner.addresses[0][1]}")
+
+    async def stop() -> None:
+        await site.session.close()
+        await runner.cleanup()
+
+    return site, stop
+
+
 @pytest.fixture
 async def serve(byte_folder: Path) -> AsyncIterator[Serve]:
     """Start an application: `await serve(max_concurrent_requests=2)`; options of ServerConfig."""
-    runners: list[web.AppRunner] = []
-    sites: list[Site] = []
+    stops: list[Callable[[], Awaitable[None]]] = []
 
-    async def start(*, opened: bool = True, max_model_len: int = 512, **options: Any) -> Site:
-        tokenizer = load_tokenizer(str(byte_folder))
-        facts = byte_facts(str(byte_folder), max_model_len=max_model_len)
-        engine = ScriptedClient(lambda text: tokenizer.encode(text, False), facts)
-        app = build_app(ServerConfig(**options), engine, model_id="org/bytes")
-        if opened:
-            app[DOOR].open(Texts(tokenizer, ChatTemplate.of(tokenizer)), facts)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
-        await runner.setup()
-        listener = web.TCPSite(runner, "127.0.0.1", 0)
-        await listener.start()
-        port = runner.addresses[0][1]
-        runners.append(runner)
-        sites.append(Site(app, engine, f"http://127.0.0.1:{port}"))
-        return sites[-1]
+    async def start(**options: Any) -> Site:
+        site, stop = await start_site(byte_folder, **options)
+        stops.append(stop)
+        return site
 
     yield start
-    for site in sites:
-        await site.session.close()
-    for runner in runners:
-        await runner.cleanup()
+    for stop in stops:
+        await stop()
 
 
 @pytest.fixture
