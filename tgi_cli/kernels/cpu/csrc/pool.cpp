@@ -17,6 +17,13 @@ namespace {
 // Long enough to bridge the Python and sampling between two steps' kernels would waste a core; this
 // only bridges the gaps between kernels of one step.
 constexpr auto kSpin = std::chrono::microseconds(60);
+// Items last some 10 to 100 us; who holds one for longer has probably lost the core.
+constexpr auto kCallerSpin = std::chrono::microseconds(40);
+// Sleeping for a quarter of a window means a lost core more often than not: then fewer threads take
+// part, and from time to time one more is tried again.
+constexpr auto kWindow = std::chrono::milliseconds(25);
+constexpr auto kNarrow = std::chrono::milliseconds(200);
+constexpr int kLostShare = 4;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -44,7 +51,7 @@ inline void set_float_mode() {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : width_(num_threads) {
+Pool::Pool(int num_threads) : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_) {
   for (auto& job : jobs_) job = {nullptr, nullptr, 0};
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { work(i); });
 }
@@ -78,7 +85,8 @@ bool Pool::claim_and_run(uint32_t epoch, int worker) {
                                        std::memory_order_acquire))
       continue;
     job.body(job.context, static_cast<uint32_t>(ticket), worker);
-    done_.fetch_add(1, std::memory_order_release);
+    const uint32_t done = done_.fetch_add(1, std::memory_order_seq_cst) + 1;
+    if (worker != 0 && done == job.items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
     ran = true;
     ticket = ticket_.load(std::memory_order_acquire);
   }
@@ -87,6 +95,7 @@ bool Pool::claim_and_run(uint32_t epoch, int worker) {
 
 void Pool::run(int64_t items, Body body, void* context) {
   if (items <= 0) return;
+  if (items > 1 && !threads_.empty()) adapt();
   if (items == 1 || threads_.empty() || width_.load(std::memory_order_relaxed) <= 1) {
     for (int64_t i = 0; i < items; ++i) body(context, i, 0);
     return;
@@ -100,10 +109,39 @@ void Pool::run(int64_t items, Body body, void* context) {
     futex_wake(&wake_);
   }
   claim_and_run(epoch, 0);
-  for (int spins = 0; done_.load(std::memory_order_acquire) < static_cast<uint32_t>(items); ++spins) {
+  wait_for(static_cast<uint32_t>(items));
+}
+
+// Either the caller sees the last item done before it sleeps, or who does it sees that the caller
+// sleeps: each announces before it looks.
+void Pool::wait_for(uint32_t items) {
+  if (done_.load(std::memory_order_acquire) == items) return;
+  const auto began = Clock::now();
+  for (int spins = 1; done_.load(std::memory_order_acquire) < items; ++spins) {
     relax();
-    if (spins > 2000) std::this_thread::yield();  // the owner of the last item may need this core
+    if ((spins & 63) == 0 && Clock::now() - began > kCallerSpin) break;
   }
+  if (done_.load(std::memory_order_acquire) == items) return;
+  caller_sleeps_.store(1, std::memory_order_seq_cst);
+  for (uint32_t done; (done = done_.load(std::memory_order_seq_cst)) < items;) futex_wait(&done_, done);
+  caller_sleeps_.store(0, std::memory_order_seq_cst);
+  slept_ += Clock::now() - began;
+}
+
+// Called before each job of more than one item.
+void Pool::adapt() {
+  const auto now = Clock::now();
+  const int width = width_.load(std::memory_order_relaxed);
+  if (now - window_start_ < kWindow && (width == size() || now < narrow_until_)) return;
+  if (now - window_start_ < 2 * kWindow && slept_ * kLostShare > now - window_start_) {
+    if (width > 1) width_.store(width - 1, std::memory_order_relaxed);
+    narrow_until_ = now + kNarrow;
+  } else if (width < size() && now >= narrow_until_) {
+    width_.store(width + 1, std::memory_order_relaxed);
+    narrow_until_ = now + kWindow;
+  }
+  window_start_ = now;
+  slept_ = Clock::duration::zero();
 }
 
 void Pool::work(int worker) {

@@ -2,11 +2,14 @@
 //
 // Items are claimed from one 64-bit ticket (epoch, next item); a claim succeeds only while its job is
 // the current one. A worker that lost its core holds back the one item it claimed and nothing else:
-// the caller works through the rest and returns when all items are done. Workers spin briefly between
-// jobs of one step, then sleep; an idle pool uses no CPU.
+// the caller works through the rest, then sleeps, which frees its core for that worker, and returns
+// when all items are done. Where such waits take a large share of the time, other processes need the
+// cores: fewer threads take part for a while. Workers spin briefly between jobs of one step, then
+// sleep; an idle pool uses no CPU.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
@@ -36,10 +39,11 @@ class Pool {
   void* scratch(size_t bytes);
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
-  // How many threads take part; fewer than size() when other processes need the cores.
-  void set_width(int width) { width_.store(width, std::memory_order_relaxed); }
+  // How many threads take part now; fewer than size() while other processes need the cores.
+  int width() const { return width_.load(std::memory_order_relaxed); }
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct alignas(64) Job {
     Body body;
     void* context;
@@ -49,14 +53,21 @@ class Pool {
 
   void work(int worker);
   bool claim_and_run(uint32_t epoch, int worker);
+  void wait_for(uint32_t items);
+  void adapt();
 
   alignas(64) std::atomic<uint64_t> ticket_{0};  // epoch << 32 | next item
   alignas(64) std::atomic<uint32_t> done_{0};
   alignas(64) std::atomic<uint32_t> sleepers_{0};
   std::atomic<uint32_t> wake_{0};
+  std::atomic<uint32_t> caller_sleeps_{0};
   std::atomic<int> width_;
   std::atomic<bool> stop_{false};
   Job jobs_[kJobs];
+  // The caller's alone: since when it counts, how long it slept since then, and until when the width
+  // stays reduced.
+  Clock::time_point window_start_, narrow_until_;
+  Clock::duration slept_{};
   void* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
   std::vector<std::thread> threads_;
