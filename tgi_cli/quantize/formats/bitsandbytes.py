@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,19 +107,28 @@ def _four_bits(source: TensorSource, stem: str, state_key: str) -> TableMatrix:
     )
 
 
-def _scales(source: TensorSource, stem: str, state: Settings, count: int) -> Tensor:
+def _scales(
+    source: TensorSource, stem: str, state: Settings, count: int
+) -> Callable[[int, int], Tensor]:
     key, nested = stem + ".weight.absmax", stem + ".weight.nested_absmax"
     if nested not in source:
-        return tensor(source, key, _FLOAT32, (count,))
+        scales = tensor(source, key, _FLOAT32, (count,))
+        return lambda first, last: scales[first:last]
     codes = tensor(source, key, torch.uint8, (count,))
     block = state.integer("nested_blocksize")
+    if block < 1:
+        raise state.wrong("nested_blocksize", block, "a positive number")
     outer = tensor(source, nested, _FLOAT32, (-(-count // block),))
     table = tensor(source, stem + ".weight.nested_quant_map", _FLOAT32, (256,))
     offset = state.get("nested_offset")
     if not isinstance(offset, int | float):
         raise state.wrong("nested_offset", offset, "a number")
-    values = table.index_select(0, codes.int())
-    return values * outer.repeat_interleave(block)[:count] + offset
+
+    def decode(first: int, last: int) -> Tensor:
+        values = table.index_select(0, codes[first:last].int())
+        return values * outer[torch.arange(first, last) // block] + offset
+
+    return decode
 
 
 def _state(source: TensorSource, key: str) -> Settings:

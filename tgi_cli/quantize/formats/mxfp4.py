@@ -36,8 +36,11 @@ class Mxfp4Format(PackedFormat):
 
 def mxfp4_matrix(key: str, packed: Tensor, exponents: Tensor) -> TableMatrix:
     """A matrix of codes [outputs, inputs / 2] and biased exponents [outputs, inputs / 32]."""
-    if bool((exponents == 255).any()):
-        raise wrong(key, "holds scales that are not numbers")
     shape = (packed.shape[0], packed.shape[1] * 2)
-    scales = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    biased = exponents.flatten()
+
+    def scales(first: int, last: int) -> Tensor:
+        # 255 is no number; here it becomes infinite, which is refused.
+        return torch.ldexp(torch.ones(last - first), biased[first:last].int() - 127)
+
     return TableMatrix(key, shape, packed, "e2m1", scales, BLOCK, high_first=False)

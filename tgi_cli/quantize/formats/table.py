@@ -6,6 +6,8 @@ no names of tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ class TableMatrix:
         shape: outputs and inputs; the inputs are even.
         packed: uint8, two codes in a byte, row after row.
         table: [16] float32, or the name of one of `kernels.grouped.TABLES`.
-        scales: float32, one for each `block` codes, row after row.
+        scales: gives those of some blocks, from one up to another, in float32; blocks are counted
+            row after row. Asked when rows are, as they may have to be decoded themselves.
         block: codes that share a scale.
         high_first: the upper half of a byte comes first.
     """
@@ -32,17 +35,17 @@ class TableMatrix:
         shape: tuple[int, int],
         packed: Tensor,
         table: Tensor | str,
-        scales: Tensor,
+        scales: Callable[[int, int], Tensor],
         block: int,
         *,
         high_first: bool,
     ) -> None:
         self.key = key
         self.out_features, self.in_features = shape
-        self.nbytes = packed.nbytes + scales.nbytes
+        self.nbytes = packed.nbytes + self.out_features * self.in_features // block * 4
         named = table if isinstance(table, str) else _name_of(table)
         self.table = torch.tensor(TABLES[table]) if isinstance(table, str) else table
-        self.scales = scales.flatten()
+        self._scales = scales
         self._bytes = packed.reshape(self.out_features, -1)
         self._block = block
         self._high_first = high_first
@@ -57,15 +60,16 @@ class TableMatrix:
         """Rows in float32."""
         values = self.table.index_select(0, self._codes(start, end).flatten().int())
         first = start * self.in_features
-        blocks = torch.arange(first // self._block, -(-end * self.in_features // self._block))
-        scales = finite(self.key, self.scales[blocks]).repeat_interleave(self._block)
+        scales = self._scales(first // self._block, -(-end * self.in_features // self._block))
+        scales = finite(self.key, scales).repeat_interleave(self._block)
         values *= scales[first % self._block :][: len(values)]
         return values.view(end - start, self.in_features)
 
     def rows(self, start: int, end: int) -> Grouped:
         """The same rows in `scheme`."""
-        scales = self.scales.view(self.out_features, -1)[start:end]
-        return Grouped(self._codes(start, end), finite(self.key, scales))
+        blocks = self.in_features // self._block
+        scales = finite(self.key, self._scales(start * blocks, end * blocks))
+        return Grouped(self._codes(start, end), scales.view(end - start, blocks))
 
     def _codes(self, start: int, end: int) -> Tensor:
         """uint8 [rows, in_features]."""
