@@ -137,7 +137,9 @@ def main() -> None:
         count=arguments.samples,
         length=arguments.seqlen,
     )
-    held_out = samples_of(shipped_text("held_out"), "held out", tokenizer, count=64, length=512)
+    held_out = samples_of(
+        shipped_text("held_out"), "held out", tokenizer, count=arguments.held_out, length=512
+    )
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps(seen.tokens.tolist()))
     true = next_logs(arguments.model, held_out.tokens)
@@ -165,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--held-out", type=int, default=64, help="samples of 512 tokens")
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     return parser.parse_args()

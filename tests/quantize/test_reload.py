@@ -64,7 +64,7 @@ def assert_greedy(ours: Any, theirs: list[int]) -> None:
     with torch.inference_mode():
         for token in theirs:
             logits = ours(torch.tensor([tokens])).logits[0, -1]
-            assert float(logits.max() - logits[token]) < 0.01 * float(logits.std())
+            assert float(logits.max() - logits[token]) < 0.05 * float(logits.std())
             tokens.append(token)
 
 
