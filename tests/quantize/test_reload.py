@@ -94,6 +94,19 @@ def test_compressed_tensors_reads_the_same_matrices(
         assert agreeing >= 0.8 * len(best)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("recipe", [*COMPRESSED, *PACKED])
+def test_we_read_what_we_write(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, recipe: str
+) -> None:
+    original, folder = tiny_checkpoint(family), tmp_path / "out"
+    outcome = convert(job(original, folder, **{**COMPRESSED, **PACKED}[recipe]))
+    with torch.inference_mode():
+        logits = reload._by_tgi(str(folder), outcome.probe)
+        expected = oracle(original, folder)(torch.tensor([outcome.probe])).logits[0]
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=0)
+
+
 def test_every_loader_is_asked(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     made = job(tiny_checkpoint("llama"), folder, **COMPRESSED["packed"])
