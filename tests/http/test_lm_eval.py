@@ -80,6 +80,7 @@ def evaluate(python: Path, tasks: Path, out: Path, model: str, arguments: str) -
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.contract
 def test_scores_are_those_of_transformers(
     pytestconfig: pytest.Config, tiny_checkpoint: Callable[..., Path], tmp_path: Path

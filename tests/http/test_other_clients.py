@@ -11,7 +11,7 @@ import pytest
 from tests.http.live import LiveServer
 from tests.http.own_venv import python_with, run_script
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.slow]  # `pytest -m contract` runs them
 
 _LANGCHAIN = """
 import sys
