@@ -127,7 +127,7 @@ class Result:
 
 def main() -> None:
     arguments = parse()
-    work = Path(arguments.work)
+    work = Path(arguments.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(arguments.model)
     seen = samples_of(
@@ -195,9 +195,10 @@ def measured(
     began = time.monotonic()
     # `env`: GPT-QModel's pools want two workers, also where there are fewer cores.
     command = ["env", "GPTQMODEL_CPU_WORKERS=2", tool.python, "-c", tool.program]
-    options = [arguments.model, str(out), method, str(arguments.group_size), str(tokens)]
+    model = str(Path(arguments.model).resolve())
+    options = [model, str(out), method, str(arguments.group_size), str(tokens)]
     with out.with_suffix(".log").open("w") as log:
-        code, peak = run([*command, *options], log)
+        code, peak = run([*command, *options], tokens.parent, log)
     seconds = time.monotonic() - began
     if code:
         lines = out.with_suffix(".log").read_text().strip().splitlines() or [f"status {code}"]
@@ -209,7 +210,7 @@ def measured(
     return Result(tool.name, method, perplexity(logs, held_out), divergence, seconds, peak)
 
 
-def run(command: list[str], log: object) -> tuple[int, int]:
+def run(command: list[str], folder: Path, log: object) -> tuple[int, int]:
     """Exit code and peak memory in bytes; a child of a child, so that peaks do not mix."""
     program = (
         "import json, resource, subprocess, sys\n"
@@ -220,6 +221,7 @@ def run(command: list[str], log: object) -> tuple[int, int]:
         [sys.executable, "-c", program, *command],
         stdout=subprocess.PIPE,
         stderr=log,  # type: ignore[arg-type]
+        cwd=folder,  # some leave logs behind where they run
         text=True,
         check=True,
     )

@@ -35,6 +35,8 @@ BOOKKEEPING = frozenset(
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
         # Read by `quantize.formats.detect`, which refuses methods it does not know.
         *("quantization_config", "compression_config"),
+        # Texts of special tokens, which GPT-QModel copies here.
+        *("bos_token", "eos_token", "pad_token", "unk_token"),
         # Marks of fine-tuning tools.
         *("unsloth_version", "unsloth_fixed"),
     }
