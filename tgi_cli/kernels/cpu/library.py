@@ -136,6 +136,12 @@ class Embed(ctypes.Structure):
     )
 
 
+class Probe(ctypes.Structure):
+    """What to measure the machine with: see `csrc/probe.inc.h`."""
+
+    _fields_ = (("kind", _INT32), ("data", _POINTER), ("sink", _POINTER), ("amount", _INT64))
+
+
 class LayerProgram(ctypes.Structure):
     """One layer of a decoder: weights, cache and sizes."""
 

@@ -66,6 +66,7 @@ TGI_CALL(rms_norm, RmsNorm)
 TGI_CALL(rope_store, RopeStore)
 TGI_CALL(attention, Attention)
 TGI_CALL(embed, Embed)
+TGI_CALL(probe, Probe)
 TGI_CALL(sample, Sampling)
 
 void tgi_step(void* context, const tgi::Program* program, const tgi::StepInput* input) {

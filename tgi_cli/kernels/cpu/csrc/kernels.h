@@ -136,6 +136,14 @@ struct Sampling {
   int64_t n, vocab, token_stride;
 };
 
+// How fast the machine is at what kernels are made of; see probe.inc.h.
+struct Probe {
+  int32_t kind;      // 0: read `amount` bytes; 1: bf16 products, 2: int8 products, `amount` rounds of 12
+  const void* data;  // of kind 0
+  float* sink;       // [threads]
+  int64_t amount;
+};
+
 struct Kernels {
   const char* name;
   void (*pack)(const uint16_t* w, int64_t n, int64_t k, uint16_t* out);
@@ -146,6 +154,7 @@ struct Kernels {
   void (*attention)(Pool&, const Attention&);
   void (*embed)(Pool&, const Embed&);
   void (*sample)(Pool&, const Sampling&);
+  void (*probe)(Pool&, const Probe&);
 };
 
 const Kernels* kernels_avx2();

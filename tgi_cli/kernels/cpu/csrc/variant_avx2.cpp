@@ -25,6 +25,7 @@ namespace tgi::avx2 {
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 #include "sampling.inc.h"
+#include "probe.inc.h"
 }  // namespace tgi::avx2
 #pragma GCC pop_options
 
@@ -32,7 +33,7 @@ namespace tgi {
 const Kernels* kernels_avx2() {
   static const Kernels table = {"avx2",          avx2::pack,       avx2::pack_grouped, avx2::gemm,
                                 avx2::rms_norm, avx2::rope_store, avx2::attention,    avx2::embed,
-                                avx2::sample};
+                                avx2::sample,          avx2::probe};
   return &table;
 }
 }  // namespace tgi

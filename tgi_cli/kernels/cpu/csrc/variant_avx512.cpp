@@ -25,6 +25,7 @@ namespace tgi::avx512 {
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 #include "sampling.inc.h"
+#include "probe.inc.h"
 }  // namespace tgi::avx512
 #pragma GCC pop_options
 
@@ -32,7 +33,7 @@ namespace tgi {
 const Kernels* kernels_avx512() {
   static const Kernels table = {"avx512",          avx512::pack,       avx512::pack_grouped, avx512::gemm,
                                 avx512::rms_norm, avx512::rope_store, avx512::attention,    avx512::embed,
-                                avx512::sample};
+                                avx512::sample,          avx512::probe};
   return &table;
 }
 }  // namespace tgi

@@ -25,6 +25,7 @@ namespace tgi::avx512bf16 {
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 #include "sampling.inc.h"
+#include "probe.inc.h"
 }  // namespace tgi::avx512bf16
 #pragma GCC pop_options
 
@@ -32,7 +33,7 @@ namespace tgi {
 const Kernels* kernels_avx512bf16() {
   static const Kernels table = {"avx512bf16",          avx512bf16::pack,       avx512bf16::pack_grouped, avx512bf16::gemm,
                                 avx512bf16::rms_norm, avx512bf16::rope_store, avx512bf16::attention,    avx512bf16::embed,
-                                avx512bf16::sample};
+                                avx512bf16::sample,          avx512bf16::probe};
   return &table;
 }
 }  // namespace tgi

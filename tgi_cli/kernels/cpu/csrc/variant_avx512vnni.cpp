@@ -25,6 +25,7 @@ namespace tgi::avx512vnni {
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 #include "sampling.inc.h"
+#include "probe.inc.h"
 }  // namespace tgi::avx512vnni
 #pragma GCC pop_options
 
@@ -32,7 +33,7 @@ namespace tgi {
 const Kernels* kernels_avx512vnni() {
   static const Kernels table = {"avx512vnni",          avx512vnni::pack,       avx512vnni::pack_grouped, avx512vnni::gemm,
                                 avx512vnni::rms_norm, avx512vnni::rope_store, avx512vnni::attention,    avx512vnni::embed,
-                                avx512vnni::sample};
+                                avx512vnni::sample,          avx512vnni::probe};
   return &table;
 }
 }  // namespace tgi
