@@ -202,5 +202,6 @@ def test_one_request_one_answer(tiny_checkpoint: Callable[..., Path], tokenizer:
     assert outcome(batched, requests, stagger=2) == expected
     assert outcome(batched, requests) == expected
     tight = core(kv_cache_tokens=160, max_model_len=96, prefix_caching=False)
-    assert outcome(tight, requests) == expected
+    for _ in range(2):  # once compiled, no grammar keeps a request from running with the others
+        assert outcome(tight, requests) == expected
     assert tight.stats().preemptions > 0

@@ -301,6 +301,17 @@ class ModelsInfo(Reply):
     data: list[ModelInfo]
 
 
+class RankInfo(Reply):
+    """One of the processes of a divided model."""
+
+    rank: int
+    pid: int
+    host: str
+    cores: list[int]
+    num_threads: int
+    weights_bytes: int
+
+
 class Info(Reply):
     """Answer of `GET /info`: TGI's facts, and more of the loaded model."""
 
@@ -333,3 +344,5 @@ class Info(Reply):
     block_size: int
     kv_cache_tokens: int
     http_workers: int
+    num_shard: int
+    ranks: list[RankInfo]
