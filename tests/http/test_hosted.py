@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from tests.http.conftest import Serve, Site
+from tgi_cli.serve.keys import DOOR
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -29,6 +30,42 @@ async def test_detokenize_undoes_tokenize(site: Site) -> None:
     ):
         answered, body, _ = await site.post("/detokenize", bad)
         assert answered == status
+        assert says in body["error"]
+
+
+async def test_tokenize_in_vllms_shape(site: Site) -> None:
+    tokenizer = site.app[DOOR].texts.tokenizer
+    hi = tokenizer.encode("Hi", True)
+    _, body, headers = await site.post("/tokenize", {"prompt": "Hi", "model": "tgi"})
+    assert body == {"count": len(hi), "max_model_len": 512, "tokens": hi, "token_strs": None}
+    assert "x-tgi-ignored-fields" not in headers
+    bare = {"prompt": " Hi", "add_special_tokens": False, "return_token_strs": True}
+    _, body, _ = await site.post("/tokenize", bare)
+    assert (body["count"], body["tokens"]) == (3, tokenizer.encode(" Hi", False))
+    assert body["token_strs"] == ["Ġ", "H", "i"]
+    assert (await site.post("/detokenize", {"tokens": body["tokens"]}))[1] == {"prompt": " Hi"}
+    assert (await site.post("/tokenize", {"prompt": ""}))[1]["count"] == 0
+
+    _, chat, _ = await site.post("/tokenize", {"messages": MESSAGES})
+    await site.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1})
+    assert chat["tokens"] == site.engine.requests[-1].prompt_ids
+    left_open = {"messages": MESSAGES, "add_generation_prompt": False}
+    _, shorter, _ = await site.post("/tokenize", left_open)
+    assert shorter["tokens"] == chat["tokens"][: shorter["count"]]
+    assert 0 < shorter["count"] < chat["count"]
+    # With `inputs` it is TGI's body, whatever else is there.
+    _, tokens, _ = await site.post("/tokenize", {"inputs": "a", "prompt": "b"})
+    assert [token["text"] for token in tokens][-1] == "a"
+    for bad, status, says in (
+        ({}, 422, "`inputs` is required"),
+        ({"prompt": 3}, 422, "`prompt`"),
+        ({"prompt": "a", "model": "other"}, 404, "`other`"),
+        ({"messages": []}, 422, "at least one message"),
+        ({"messages": MESSAGES, "continue_final_message": True}, 422, "exclude each other"),
+        ({"messages": MESSAGES, "chat_template": "x"}, 422, "--chat-template"),
+    ):
+        answered, body, _ = await site.post("/tokenize", bad)
+        assert answered == status, body
         assert says in body["error"]
 
 

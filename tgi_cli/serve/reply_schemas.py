@@ -101,6 +101,15 @@ class ChatTokenizeResponse(Reply):
     templated_text: str
 
 
+class TokenizeResponse(Reply):
+    """Answer of `POST /tokenize` to vLLM's bodies."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
 class DetokenizeResponse(Reply):
     """Answer of `POST /detokenize`."""
 

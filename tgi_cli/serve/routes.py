@@ -15,6 +15,7 @@ from tgi_cli.serve.openai.chat import chat_completions
 from tgi_cli.serve.openai.completions import completions
 from tgi_cli.serve.openai.models import get_model, list_models
 from tgi_cli.serve.openai.schema import ChatRequest, CompletionRequest
+from tgi_cli.serve.openai.tokenize import TokenizeChatRequest, TokenizePromptRequest
 from tgi_cli.serve.openapi import Handler, Route
 from tgi_cli.serve.responses import shapes as responses
 from tgi_cli.serve.responses.create import count_input_tokens, create_response
@@ -177,7 +178,14 @@ ROUTES: Final = (
         events=_NATIVE_EVENT + _CHUNK + _TEXT,
     ),
     _generates("/vertex", vertex, _TGI, VertexRequest, replies=(shapes.VertexResponse,)),
-    _reads("/tokenize", tokenize, GenerateRequest, list[shapes.SimpleToken]),
+    Route(
+        method="POST",
+        path="/tokenize",
+        handler=tokenize,
+        tag=_TGI,
+        bodies=(GenerateRequest, TokenizePromptRequest, TokenizeChatRequest),
+        replies=(list[shapes.SimpleToken], shapes.TokenizeResponse),
+    ),
     _reads(
         "/chat_tokenize",
         chat_tokenize,

@@ -100,6 +100,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
     include_reasoning: bool = True
@@ -133,6 +134,12 @@ def refuse_unsupported(body: SamplingFields) -> None:
         )
     if isinstance(body, ChatRequest):
         _refuse_tools(body)
+        if body.chat_template is not None:
+            raise InvalidRequest(
+                "`chat_template` of a request is not supported: a template is a program",
+                hint="start the server with `--chat-template`",
+                param="chat_template",
+            )
 
 
 def _refuse_tools(body: ChatRequest) -> None:

@@ -8,11 +8,17 @@ import msgspec
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest
-from tgi_cli.serve.exchange import json_response, read_struct
+from tgi_cli.serve.exchange import json_response, read_json, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.conversation import chat_tools, render_chat
 from tgi_cli.serve.openai.schema import ChatRequest, check_model, refuse_unsupported
+from tgi_cli.serve.openai.tokenize import (
+    TokenizeChatRequest,
+    TokenizePromptRequest,
+    tokenize_chat,
+    tokenize_prompt,
+)
 from tgi_cli.serve.tgi.schema import GenerateRequest
 
 
@@ -24,8 +30,22 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    """Answer `{id, text, start, stop}` for each token; offsets count characters."""
+    """Answer the tokens of a text: TGI's list for `inputs`, vLLM's for `prompt` or `messages`.
+
+    TGI's is `{id, text, start, stop}` for each token; offsets count characters. A body with
+    `inputs` is TGI's whatever else it has.
+    """
     door = request.app[DOOR]
+    raw = await read_json(request)  # aiohttp keeps the bytes: `read_struct` reads them again
+    given = raw if isinstance(raw, dict) and raw.get("inputs") is None else {}
+    if given.get("messages") is not None:
+        chat = await read_struct(request, TokenizeChatRequest)
+        _check_model(request, chat.model)
+        return json_response(await tokenize_chat(door, chat))
+    if given.get("prompt") is not None:
+        plain = await read_struct(request, TokenizePromptRequest)
+        _check_model(request, plain.model)
+        return json_response(await tokenize_prompt(door, plain))
     body = await read_struct(request, GenerateRequest)
     if not body.inputs:
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
@@ -44,11 +64,16 @@ async def chat_tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     """Answer the text that token ids stand for, special tokens written out."""
-    door, served = request.app[DOOR], request.app[SERVED]
+    door = request.app[DOOR]
     body = await read_struct(request, DetokenizeRequest)
-    check_model(body.model, served.name, served.model_id)
+    _check_model(request, body.model)
     text = door.from_ids(body.tokens, field="tokens").text if body.tokens else ""
     return json_response({"prompt": text})
+
+
+def _check_model(request: web.Request, name: str | None) -> None:
+    served = request.app[SERVED]
+    check_model(name, served.name, served.model_id)
 
 
 async def _tokens(door: FrontDoor, text: str, *, add_special_tokens: bool) -> list[dict[str, Any]]:
