@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-GrammarKind = Literal["json_schema", "regex", "lark", "choice"]
+GrammarKind = Literal["json_schema", "regex", "lark", "choice", "composed"]
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -21,7 +21,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Attributes:
         kind: How `source` reads: a JSON Schema, a regular expression matched from end to end, a
-            Lark or GBNF grammar, or a JSON list of texts.
+            Lark or GBNF grammar, a JSON list of texts, or JSON of rules and the grammars they name.
         source: The text itself.
     """
 
@@ -54,3 +54,9 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def choice(cls, texts: Sequence[str]) -> Self:
         """One of these texts."""
         return cls("choice", json.dumps(list(texts), ensure_ascii=False))
+
+    @classmethod
+    def composed(cls, rules: str, parts: Mapping[str, Grammar]) -> Self:
+        """A text of `rules`, in Lark's notation, where `@name` is a text of the part so called."""
+        named = {name: [part.kind, part.source] for name, part in parts.items()}
+        return cls("composed", json.dumps({"rules": rules, "parts": named}, ensure_ascii=False))

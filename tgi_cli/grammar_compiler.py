@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgi_cli.errors import InvalidRequest
-from tgi_cli.grammar import Grammar
+from tgi_cli.grammar import Grammar, GrammarKind
 from tgi_cli.tokenizer import Tokenizer
 
 #: Seconds a grammar may take to compile. Sane ones take milliseconds.
@@ -230,7 +230,22 @@ def _definition(grammar: Grammar) -> str:
         return llguidance.LLMatcher.grammar_from_lark(
             "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         )
+    if grammar.kind == "composed":
+        return _composition(**json.loads(source))
     return llguidance.grammar_from("grammar", source)
+
+
+def _composition(rules: str, parts: dict[str, tuple[GrammarKind, str]]) -> str:
+    """Rules and the grammars they name, as one definition."""
+    grammars = [{"name": "rules", "lark_grammar": rules}]
+    for name, (kind, source) in parts.items():
+        definition = _definition(Grammar(kind, source))
+        if definition.startswith("{"):
+            [inner] = json.loads(definition)["grammars"]
+            grammars.append({**inner, "name": name})
+        else:
+            grammars.append({"name": name, "lark_grammar": definition})
+    return json.dumps({"grammars": grammars})
 
 
 def _invalid(message: str) -> InvalidRequest:

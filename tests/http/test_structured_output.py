@@ -170,16 +170,19 @@ async def test_native_grammar(site: Site, grammar: Any, expected: Grammar | str)
             assert not site.engine.requests
 
 
-async def test_grammars_and_tools_exclude_each_other(site: Site) -> None:
+async def test_a_bad_grammar_beside_tools_is_named(site: Site) -> None:
     door = site.app[DOOR]
     template = ChatTemplate(CHATML, bos_token=None, eos_token=None)
     door.open(Texts(door.texts.tokenizer, template), byte_facts("", max_model_len=4096))
     body = {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert (await site.post("/v1/chat/completions", body))[0] == 200
+    status, reply, _ = await site.post("/v1/chat/completions", {**body, "guided_regex": "("})
+    assert (status, reply["error"]["param"]) == (400, "guided_regex")
     body["guided_regex"] = "a"
-    status, reply, _ = await site.post("/v1/chat/completions", body)
-    assert status == 400
-    assert "`guided_regex` and `tools` are mutually exclusive" in reply["error"]["message"]
+    tool = {"name": "f", "parameters": {"type": "array", "uniqueItems": True}}
+    wrong = {**body, "tools": [{"type": "function", "function": tool}]}
+    status, reply, _ = await site.post("/v1/chat/completions", wrong)
+    assert (status, reply["error"]["param"]) == (400, "tools")
+    assert "uniqueItems" in reply["error"]["message"]
     body["tool_choice"] = "none"
     assert (await site.post("/v1/chat/completions", body))[0] == 200
     assert site.engine.requests[-1].grammar == Grammar.regex("a")

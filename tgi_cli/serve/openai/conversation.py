@@ -24,6 +24,7 @@ from tgi_cli.serve.openai.schema import (
     refuse_unsupported,
     sampling_params,
 )
+from tgi_cli.serve.openai.tools.call_grammar import answer_or_calls
 from tgi_cli.serve.openai.tools.declared import ToolUse, use_of_tools
 from tgi_cli.serve.openai.tools.history import shorten_ids
 
@@ -157,22 +158,26 @@ async def _answers(
         priority=body.priority,
         cache_salt=body.cache_salt,
     )
-    grammar = await door.check_grammar(_grammar(body, use))
+    grammar = await _grammar(door, body, use)
     marks = () if use.form is None else use.form.marks
     if door.texts.template.mentions(CLOSE):
         marks = (*marks, OPEN, CLOSE)
     return door.answers(prompt, sampling, caller=caller, count=count, marks=marks, grammar=grammar)
 
 
-def _grammar(body: ChatRequest, use: ToolUse) -> AskedGrammar | None:
-    """What the answer must look like: as the client says, or a call where one is forced."""
+async def _grammar(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Grammar | None:
+    """What the answer must look like: as the client says, a call where one is forced, or either."""
     asked = asked_grammar(body)
-    if asked is not None and use.mode != "none":
-        raise InvalidRequest(
-            f"`{asked.field}` and `tools` are mutually exclusive",
-            hint="leave one out, or set `tool_choice` to `none`",
-            param=asked.field,
+    if asked is None or use.mode == "none":
+        if use.schema is not None:
+            asked = AskedGrammar(Grammar.json_schema(use.schema), "tools")
+        return await door.check_grammar(asked)
+    await door.check_grammar(asked)  # by itself first, so that the field at fault is named
+    if use.schema is not None:  # no text beside a forced call
+        either = Grammar.json_schema(use.schema)
+    else:
+        assert use.form is not None
+        either = answer_or_calls(
+            asked.grammar, use.form, use.functions, door.texts.tokenizer, parallel=use.parallel
         )
-    if use.schema is not None:
-        return AskedGrammar(Grammar.json_schema(use.schema), "tools")
-    return asked
+    return await door.check_grammar(AskedGrammar(either, "tools"))

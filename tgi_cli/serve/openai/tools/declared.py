@@ -6,6 +6,7 @@ which schema a forced call has. Nothing is put into the prompt but by the model'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -79,24 +80,7 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
             return next(f.schema for f in self.functions if f.name == self.forced)
         if self.mode != "required":
             return None
-        one = {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": {
-                        "name": {"const": f.name},
-                        "arguments": {"$ref": f"#/$defs/{i}"},
-                    },
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-                for i, f in enumerate(self.functions)
-            ]
-        }
-        # A schema's references count from its own root, so each becomes a definition of the whole.
-        definitions = {str(i): _moved(f.schema, i) for i, f in enumerate(self.functions)}
-        whole = {"type": "array", "items": one, "minItems": 1} if self.parallel else one
-        return {**whole, "$defs": definitions}
+        return (calls_schema if self.parallel else call_schema)(self.functions)
 
     def parser(self) -> ToolParser | None:
         """A parser for one answer, None where all of it is content."""
@@ -106,6 +90,36 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
         if self.mode == "required":
             return CallParser(PLAIN_JSON, names)
         return None if self.form is None else CallParser(self.form, names)
+
+
+def call_schema(
+    functions: Sequence[FunctionDefinition], arguments: str = "arguments"
+) -> dict[str, Any]:
+    """JSON Schema of one call: its `name`, and under the key `arguments` the function's own."""
+    one = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": f.name}, arguments: {"$ref": f"#/$defs/{i}"}},
+            "required": ["name", arguments],
+            "additionalProperties": False,
+        }
+        for i, f in enumerate(functions)
+    ]
+    # A schema's references count from its own root, so each becomes a definition of the whole.
+    definitions = {str(i): _moved(f.schema, i) for i, f in enumerate(functions)}
+    return {"anyOf": one, "$defs": definitions}
+
+
+def calls_schema(
+    functions: Sequence[FunctionDefinition],
+    arguments: str = "arguments",
+    at_most: int | None = None,
+) -> dict[str, Any]:
+    """JSON Schema of an array of calls, at least one."""
+    one = call_schema(functions, arguments)
+    definitions = one.pop("$defs")
+    most = {} if at_most is None else {"maxItems": at_most}
+    return {"type": "array", "items": one, "minItems": 1, **most, "$defs": definitions}
 
 
 def use_of_tools(tools: list[Tool], choice: Any, parallel: bool, template: ChatTemplate) -> ToolUse:

@@ -16,8 +16,9 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True):
 
     `opening` announces calls, `closing` may follow each value. `bare`: calls may also begin the
     answer without the opening. `separators`: characters that may stand between values that share
-    an opening. `named`: the function's name may stand before its arguments. `short_ids`: the
-    template takes only ids of nine letters and digits.
+    an opening. `array`: the calls behind one opening are an array. `arguments`: the key of a
+    call's arguments. `named`: the function's name may stand before its arguments. `short_ids`:
+    the template takes only ids of nine letters and digits.
     """
 
     name: str
@@ -25,6 +26,8 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True):
     closing: str | None = None
     bare: bool = False
     separators: str = ""
+    array: bool = False
+    arguments: str = "arguments"
     named: bool = False
     short_ids: bool = False
 
@@ -43,11 +46,21 @@ CALL_ID: Final = "[CALL_ID]"
 HERMES: Final = CallFormat(name="hermes", opening="<tool_call>", closing="</tool_call>")
 #: `{"name": ..., "parameters": ...}` as the answer, perhaps after `<|python_tag|>`, perhaps
 #: several with `;` between them: Llama 3.1 to 3.3.
-LLAMA3: Final = CallFormat(name="llama3", opening="<|python_tag|>", bare=True, separators=";,")
+LLAMA3: Final = CallFormat(
+    name="llama3",
+    opening="<|python_tag|>",
+    bare=True,
+    separators=";,",
+    arguments="parameters",
+)
 #: `[TOOL_CALLS] [{"name": ..., "arguments": ...}]`, later `[TOOL_CALLS]name[ARGS]{...}`.
-MISTRAL: Final = CallFormat(name="mistral", opening="[TOOL_CALLS]", named=True, short_ids=True)
+MISTRAL: Final = CallFormat(
+    name="mistral", opening="[TOOL_CALLS]", array=True, named=True, short_ids=True
+)
 #: `<|tool_call|>[{"name": ..., "arguments": ...}]`: Granite 3, and with a closing mark Phi 4 mini.
-GRANITE: Final = CallFormat(name="granite", opening="<|tool_call|>", closing="<|/tool_call|>")
+GRANITE: Final = CallFormat(
+    name="granite", opening="<|tool_call|>", closing="<|/tool_call|>", array=True
+)
 #: The answer is one object, an array of them, or several on end.
 PLAIN_JSON: Final = CallFormat(name="json", bare=True, separators=";,")
 
