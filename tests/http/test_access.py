@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tgi_cli.errors import Overloaded, UsageError
 from tgi_cli.log import FIELDS, JsonFormatter, LineFormatter
 from tgi_cli.serve import api_keys
 from tgi_cli.serve.api_keys import ApiKeys, hash_of, new_key, read_key_file
+from tgi_cli.serve.ledger import Ledger
+from tgi_cli.serve.limits import Admission
 from tgi_cli.serve.tenants import Tenant, TenantLimits, Tenants
 
 CHAT = "/v1/chat/completions"
@@ -136,15 +139,52 @@ async def test_a_left_answer_is_paid_for(serve: Serve, tmp_path: Path) -> None:
     assert int(headers["x-ratelimit-remaining-tokens"]) <= 900 + 2  # and what came back meanwhile
 
 
-def test_each_worker_allows_its_share() -> None:
-    tenants = Tenants(share=0.5, clock=lambda: 0.0)
-    tenants.limit({"a": TenantLimits(requests_per_minute=4, concurrency=2)})
-    with tenants["a"].request(), pytest.raises(Overloaded, match="at once"):
-        tenants["a"].request().__enter__()
-    with tenants["a"].request():
-        pass
-    with pytest.raises(Overloaded, match="4 requests per minute"):
-        tenants["a"].request().__enter__()
+def test_workers_count_together() -> None:
+    now = [100.0]
+    fd = Ledger.create(2)
+    limits = {"a": TenantLimits(requests_per_minute=6, tokens_per_minute=100, concurrency=2)}
+    first, second = [Tenants(Ledger(fd, worker, 2), clock=lambda: now[0]) for worker in range(2)]
+    for tenants in (first, second):
+        tenants.limit({"other": TenantLimits(concurrency=1), **limits})
+    with first["a"].request(), second["a"].request():
+        for tenants in (first, second):
+            with pytest.raises(Overloaded, match="2 requests answered at once and has 2"):
+                tenants["a"].request().__enter__()
+        with second["other"].request():  # a row of its own
+            pass
+    first["a"].spend(60)
+    second["a"].spend(41)
+    assert first["a"].headers()["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(Overloaded, match="100 tokens per minute and has used 101"):
+        first["a"].request().__enter__()
+    now[0] += 3
+    for tenants in (second, first, second, first):
+        with tenants["a"].request():
+            pass
+    with pytest.raises(Overloaded, match="6 requests per minute"):
+        second["a"].request().__enter__()
+    os.close(fd)
+
+
+def test_a_dead_workers_requests_are_given_back() -> None:
+    fd = Ledger.create(2)
+    limits = {"a": TenantLimits(requests_per_minute=10, concurrency=2)}
+    living, dead = (Tenants(Ledger(fd, worker, 2), clock=lambda: 1.0) for worker in range(2))
+    living.limit(limits)
+    dead.limit(limits)
+    house = Admission(3, ledger=Ledger(fd, 1, 2))
+    lost = [dead["a"].request(), house.permits(2)]
+    for held in lost:
+        held.__enter__()
+    with living["a"].request():
+        with pytest.raises(Overloaded):
+            living["a"].request().__enter__()
+        Ledger(fd, 1, 2)  # its successor starts
+        with living["a"].request():
+            pass
+    assert living["a"].headers()["x-ratelimit-remaining-requests"] == "7"  # these stay used
+    assert house.in_use == 0
+    os.close(fd)
 
 
 def test_usage_survives_other_limits() -> None:

@@ -22,6 +22,7 @@ from tgi_cli.serve.error_pages import PAYLOAD_LIMIT, error_pages
 from tgi_cli.serve.exchange import STRICT_FIELDS, name_ignored_fields
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE, SERVED, Pulse, Served
+from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.observe import observe, stamp_id
 from tgi_cli.serve.openapi import Route
 from tgi_cli.serve.prometheus import Metrics
@@ -31,13 +32,21 @@ from tgi_cli.serve.tenants import Tenants
 
 
 def build_app(
-    config: ServerConfig, client: EngineClient, *, model_id: str, worker: int = 0
+    config: ServerConfig,
+    client: EngineClient,
+    *,
+    model_id: str,
+    worker: int = 0,
+    ledger: Ledger | None = None,
 ) -> web.Application:
-    """Build the application for one engine; `app[DOOR].open` lets requests in."""
+    """Build the application for one engine; `app[DOOR].open` lets requests in.
+
+    `ledger` is where workers count together; without one this is the only worker.
+    """
+    ledger = ledger or Ledger()
     routes = _routes(config)
     metric = Metrics(client, worker=worker, num_workers=config.http_workers)
-    # Workers know nothing of each other: each allows its share of a tenant's limits.
-    tenants = Tenants(share=1 / config.http_workers)
+    tenants = Tenants(ledger)
     guard = Guard(
         ApiKeys(config.api_key, config.api_key_file, on_limits=tenants.limit),
         tenants,
@@ -56,7 +65,7 @@ def build_app(
     app[STRICT_FIELDS] = config.strict_fields
     app[METRICS] = metric
     app[PULSE] = pulse
-    app[DOOR] = FrontDoor(client, config, metric, tenants)
+    app[DOOR] = FrontDoor(client, config, metric, tenants, ledger)
     app[RESPONSES] = ResponseStore(config.max_stored_responses)
     app[SERVED] = Served(config.served_model_name or model_id, model_id, int(time.time()))
     app.on_response_prepare.extend((stamp_id, name_ignored_fields, guard.stamp, stamp_cors))

@@ -26,6 +26,7 @@ from tgi_cli.grammar_compiler import COMPILE_DEADLINE, GrammarCompiler
 from tgi_cli.sampling import SamplingParams, child_seed
 from tgi_cli.serve.answer import Answer
 from tgi_cli.serve.grammars import AskedGrammar
+from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.limits import Admission, Limits
 from tgi_cli.serve.prometheus import Metrics
 from tgi_cli.serve.tenants import Tenants
@@ -75,18 +76,25 @@ class Visit:
 
 
 class FrontDoor:
-    """One HTTP worker's door to one engine. `on_end` is told of every answer that is over."""
+    """One HTTP worker's door to one engine. `on_end` is told of every answer that is over.
+
+    `ledger` counts what is in the house beside other workers.
+    """
 
     def __init__(
-        self, client: EngineClient, config: ServerConfig, metrics: Metrics, tenants: Tenants
+        self,
+        client: EngineClient,
+        config: ServerConfig,
+        metrics: Metrics,
+        tenants: Tenants,
+        ledger: Ledger,
     ) -> None:
         self.client = client
         self.config = config
         self.metrics = metrics
         self.on_end: Callable[[Answer], None] | None = None
         self._tenants = tenants
-        # Workers know nothing of each other: each admits its share of the whole.
-        self.admission = Admission(-(-config.max_concurrent_requests // config.http_workers))
+        self.admission = Admission(config.max_concurrent_requests, ledger=ledger)
         self.draining = False
         self._open: tuple[Texts, Limits, ModelFacts] | None = None
         self._grammars: GrammarCompiler | None = None

@@ -17,11 +17,14 @@ import msgspec
 from tgi_cli.config import ServerConfig
 from tgi_cli.engine.messages import ModelFacts
 from tgi_cli.errors import ContextLengthExceeded, InvalidRequest, Overloaded, UsageError
+from tgi_cli.serve.ledger import Ledger
 
 #: Finished sequences that the service rate is taken from, and how old they may be (seconds).
 _RATE_SAMPLES = 64
 _RATE_WINDOW = 60.0
 _MAX_RETRY_AFTER = 60
+#: The row of what is in the house; no tenant's name holds a line break.
+_HOUSE = "\nhouse"
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,16 +81,28 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Admission:
     """Counts sequences in the house against `max_concurrent_requests`; never waits.
 
-    `clock` gives seconds and may jump only forward.
+    The house is that of all HTTP workers that share the ledger. `clock` gives seconds and may jump
+    only forward.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limit: int,
+        clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.limit = limit
-        self.in_use = 0
         self._clock = clock
+        self._ledger = ledger or Ledger()
+        self._row = self._ledger.row(_HOUSE)
         self._finished: deque[float] = deque(maxlen=_RATE_SAMPLES)
         self._started: dict[int, float] = {}
         self._tickets = 0
+
+    @property
+    def in_use(self) -> int:
+        """Permits held in all workers."""
+        return self._row.in_use
 
     @contextmanager
     def permits(self, count: int) -> Iterator[None]:
@@ -98,33 +113,36 @@ class Admission:
                 f"(`--max-concurrent-requests`). Given: {count}",
                 param="n",
             )
-        if self.in_use + count > self.limit:
-            raise Overloaded(
-                f"model is overloaded: {self.in_use} of {self.limit} places are taken",
-                retry_after=self.retry_after(count),
-                hint="come back after the seconds in `Retry-After`",
-            )
+        with self._ledger.locked():
+            in_use = self.in_use
+            if in_use + count > self.limit:
+                raise Overloaded(
+                    f"model is overloaded: {in_use} of {self.limit} places are taken",
+                    retry_after=self.retry_after(count),
+                    hint="come back after the seconds in `Retry-After`",
+                )
+            self._row.take(count)
         self._tickets += 1
         ticket = self._tickets
         self._started[ticket] = self._clock()
-        self.in_use += count
         try:
             yield
         finally:
-            self.in_use -= count
+            self._row.give_back(count)
             del self._started[ticket]
             self._finished.extend([self._clock()] * count)
 
     def retry_after(self, count: int) -> int:
         """Whole seconds until `count` places are likely free, at least 1.
 
-        From the rate of recent departures; before there are any, as long as the oldest guest has
-        already stayed.
+        From the rate of recent departures, taking that of the other workers for the same; before
+        there are any, as long as the oldest guest has already stayed.
         """
         now = self._clock()
         recent = [moment for moment in self._finished if now - moment <= _RATE_WINDOW]
         if recent:
-            wait = count * max(now - recent[0], 1e-3) / len(recent)
+            rate = self._ledger.num_workers * len(recent) / max(now - recent[0], 1e-3)
+            wait = count / rate
         else:
             wait = now - min(self._started.values(), default=now)
         return max(1, min(_MAX_RETRY_AFTER, math.ceil(wait)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from tgi_cli.engine.messages import (
 from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
 from tgi_cli.serve.api_keys import read_key_file
 from tgi_cli.serve.child import Child
+from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.listener import listen, listen_unix
 from tgi_cli.serve.telemetry_exporter import check_extra
 from tgi_cli.serve.tls import tls_context
@@ -98,6 +100,7 @@ class Supervisor:
         self._server_config = server
         self._on_listening = on_listening
         self._on_ready = on_ready
+        self._ledger_fd = -1
         self._engine: Child | None = None
         self._workers: dict[int, Child] = {}
         self._status: Starting | Ready | Restarting = Starting(phase="starting")
@@ -124,12 +127,14 @@ class Supervisor:
         else:
             listener = listen(config.host, config.port)
         runtime_dir = tempfile.mkdtemp(prefix="tgi-")  # 0700: only this user reaches the engine
+        self._ledger_fd = Ledger.create(config.http_workers)
         try:
             if self._on_listening is not None:
                 self._on_listening(listener)
             return asyncio.run(self._serve(listener, runtime_dir))
         finally:
             listener.close()
+            os.close(self._ledger_fd)
             if config.uds is not None:
                 Path(config.uds).unlink(missing_ok=True)
             shutil.rmtree(runtime_dir, ignore_errors=True)
@@ -239,8 +244,11 @@ class Supervisor:
             worker = await Child.spawn(
                 "tgi_cli.serve.worker",
                 start,
-                arguments=("--listen-fd", str(listener.fileno())),
-                inherit=(listener.fileno(),),
+                arguments=(
+                    *("--listen-fd", str(listener.fileno())),
+                    *("--ledger-fd", str(self._ledger_fd)),
+                ),
+                inherit=(listener.fileno(), self._ledger_fd),
             )
             self._workers[index] = worker
             worker.send(self._status)

@@ -1,8 +1,8 @@
 """Tenants: whom a request is counted against, and what each of them has used lately.
 
 A tenant is what an API key stands for. Its limits come from the key file (`serve.api_keys`); this
-module counts and refuses. It knows neither HTTP nor keys. Every HTTP worker counts for itself and
-allows its share of each limit.
+module counts and refuses, in a `Ledger` that all HTTP workers share. It knows neither HTTP nor
+keys.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import msgspec
 
 from tgi_cli.errors import Overloaded
+from tgi_cli.serve.ledger import Ledger, Row
 
 _MINUTE = 60.0
 
@@ -34,34 +35,40 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Allowance:
     """A token bucket of one minute's worth: `limit` at once, then `limit` / 60 a second.
 
-    It may go below zero, because what an answer costs is known only when it is over.
+    It may go below zero, because what an answer costs is known only when it is over. What has been
+    used, and when that was, are the two cells from `at` on.
     """
 
-    __slots__ = ("_clock", "_level", "_seen", "limit")
+    __slots__ = ("_at", "_cells", "_clock", "limit")
 
-    def __init__(self, limit: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, limit: float, clock: Callable[[], float], cells: memoryview[float], at: int
+    ) -> None:
         self.limit = limit
         self._clock = clock
-        self._level = limit
-        self._seen = clock()
+        self._cells = cells
+        self._at = at
+
+    @property
+    def used(self) -> float:
+        """What has been used and has not come back yet."""
+        passed = self._clock() - self._cells[self._at + 1]
+        return max(0.0, self._cells[self._at] - passed * self.limit / _MINUTE)
 
     @property
     def level(self) -> float:
         """What may still be used now."""
-        now = self._clock()
-        self._level = min(self.limit, self._level + (now - self._seen) * self.limit / _MINUTE)
-        self._seen = now
-        return self._level
+        return self.limit - self.used
 
     def resize(self, limit: float) -> None:
         """Change the limit; what has been used stays used."""
-        used = self.limit - self.level
+        self.use(0)
         self.limit = limit
-        self._level = limit - used
 
     def use(self, amount: float) -> None:
         """Count `amount` as used."""
-        self._level = self.level - amount
+        self._cells[self._at] = self.used + amount
+        self._cells[self._at + 1] = self._clock()
 
     def seconds_until(self, amount: float) -> float:
         """How long until the level is at least `amount`."""
@@ -69,21 +76,21 @@ class Allowance:
 
 
 class Tenant:
-    """One tenant's limits and usage in this HTTP worker, which allows `share` of each limit."""
+    """One tenant's limits and what it has used of them, in all HTTP workers."""
 
     def __init__(
         self,
         name: str,
         limits: TenantLimits,
+        ledger: Ledger | None = None,
         *,
-        share: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.limits = limits
-        self.in_flight = 0
-        self._share = share
+        self._ledger = ledger or Ledger()
         self._clock = clock
+        self._row: Row | None = None  # without limits nothing is counted
         self.requests: Allowance | None = None
         self.tokens: Allowance | None = None
         self.limit(limits)
@@ -91,16 +98,21 @@ class Tenant:
     def limit(self, limits: TenantLimits) -> None:
         """Take other limits; what has been used stays used."""
         self.limits = limits
-        self.requests = self._allowance(self.requests, limits.requests_per_minute)
-        self.tokens = self._allowance(self.tokens, limits.tokens_per_minute)
+        limited = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency)
+        if self._row is None and any(limit is not None for limit in limited):
+            self._row = self._ledger.row(self.name)
+        with self._ledger.locked():
+            self.requests = self._allowance(self.requests, limits.requests_per_minute, 0)
+            self.tokens = self._allowance(self.tokens, limits.tokens_per_minute, 2)
 
-    def _allowance(self, current: Allowance | None, limit: int | None) -> Allowance | None:
-        if limit is None:
+    def _allowance(
+        self, current: Allowance | None, limit: int | None, cell: int
+    ) -> Allowance | None:
+        if limit is None or self._row is None:
             return None
-        mine = max(1.0, limit * self._share)
         if current is None:
-            return Allowance(mine, self._clock)
-        current.resize(mine)
+            return Allowance(limit, self._clock, self._row.cells, self._row.amounts + cell)
+        current.resize(limit)
         return current
 
     @contextmanager
@@ -109,26 +121,32 @@ class Tenant:
 
         Raises `Overloaded` with the limit, what was used of it and when to come back.
         """
-        self._check()
-        if self.requests is not None:
-            self.requests.use(1)
-        self.in_flight += 1
+        row = self._row
+        if row is None:
+            yield
+            return
+        with self._ledger.locked():
+            self._check(row)
+            if self.requests is not None:
+                self.requests.use(1)
+            row.take(1)
         try:
             yield
         finally:
-            self.in_flight -= 1
+            row.give_back(1)
 
     def spend(self, tokens: int) -> None:
         """Count tokens of a prompt and its answer, finished or not."""
         if self.tokens is not None:
-            self.tokens.use(tokens)
+            with self._ledger.locked():
+                self.tokens.use(tokens)
 
-    def _check(self) -> None:
+    def _check(self, row: Row) -> None:
         limits = self.limits
         most = limits.concurrency
-        if most is not None and self.in_flight >= max(1, int(most * self._share)):
+        if most is not None and row.in_use >= most:
             raise self._refusal(
-                f"may have {most} requests answered at once and has {self.in_flight} here", 1.0
+                f"may have {most} requests answered at once and has {row.in_use}", 1.0
             )
         if self.requests is not None and self.requests.level < 1:
             raise self._refusal(
@@ -136,9 +154,9 @@ class Tenant:
                 self.requests.seconds_until(1),
             )
         if self.tokens is not None and self.tokens.level <= 0:
-            used = self.tokens.limit - self.tokens.level
             raise self._refusal(
-                f"may use {limits.tokens_per_minute} tokens per minute and has used {used:.0f}",
+                f"may use {limits.tokens_per_minute} tokens per minute and has used "
+                f"{self.tokens.used:.0f}",
                 self.tokens.seconds_until(1),
             )
 
@@ -162,19 +180,20 @@ class Tenant:
 
 
 class Tenants:
-    """All tenants of this worker by name; an unknown name is a tenant without limits."""
+    """All tenants by name; an unknown name is a tenant without limits."""
 
-    def __init__(self, *, share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._share = share
+    def __init__(
+        self, ledger: Ledger | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ledger = ledger or Ledger()
         self._clock = clock
         self._tenants: dict[str, Tenant] = {}
 
     def __getitem__(self, name: str) -> Tenant:
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(
-                name, TenantLimits(), share=self._share, clock=self._clock
-            )
+            tenant = Tenant(name, TenantLimits(), self._ledger, clock=self._clock)
+            self._tenants[name] = tenant
         return tenant
 
     def limit(self, limits: Mapping[str, TenantLimits]) -> None:

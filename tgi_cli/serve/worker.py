@@ -39,6 +39,7 @@ from tgi_cli.errors import TemplateFailed, TgiError
 from tgi_cli.serve.app import build_app
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
+from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.listener import BACKLOG
 from tgi_cli.serve.tls import tls_context
 from tgi_cli.tokenizer import load_tokenizer
@@ -75,12 +76,16 @@ class _InheritedSite(web.SockSite):
 class Worker:
     """One HTTP worker: the application, its client to the engine, and the supervisor's word."""
 
-    def __init__(self, start: WorkerStart, listener: socket.socket) -> None:
+    def __init__(self, start: WorkerStart, listener: socket.socket, ledger: Ledger) -> None:
         self._start = start
         self._listener = listener
         self._client = ProcessClient()
         self._app = build_app(
-            start.config, self._client, model_id=start.engine.model.model_id, worker=start.index
+            start.config,
+            self._client,
+            model_id=start.engine.model.model_id,
+            worker=start.index,
+            ledger=ledger,
         )
         self._texts: Texts | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -184,14 +189,15 @@ def load_texts(facts: ModelFacts, config: ServerConfig) -> Texts:
     return Texts(tokenizer, template)
 
 
-async def _run(control_fd: int, listen_fd: int) -> None:
+async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=control_fd))
     data = await receive_frames(reader)
     if data is None:
         return
     start = msgspec.msgpack.decode(data, type=WorkerStart)
     logs.configure(start.config.log_level, json_logs=start.config.json_logs)
-    await Worker(start, socket.socket(fileno=listen_fd)).serve(reader, writer)
+    ledger = Ledger(ledger_fd, start.index, start.config.http_workers)
+    await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -199,9 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--ledger-fd", type=int, help="without it, the only worker")
     options = parser.parse_args(arguments)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    uvloop.run(_run(options.control_fd, options.listen_fd))
+    uvloop.run(_run(options.control_fd, options.listen_fd, options.ledger_fd))
 
 
 if __name__ == "__main__":
