@@ -56,6 +56,7 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kernels", f"{kernels['backend']} on {kernels['device']}"
         yield "kernel threads", str(kernels["threads"])
         yield "kernel memory", f"{_gib(kernels['free_bytes'])} free, by the container's limit"
+        yield "huge pages", _huge_pages(kernels["huge_pages"])
         yield "deterministic", str(kernels["deterministic"]).lower()
         yield "cuda", kernels["cuda"] or "this build of torch has none"
     for index, gpu in enumerate(report["gpus"]):
@@ -67,6 +68,15 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "gpus", "none"
     for name, value in report["environment"].items():
         yield name, value
+
+
+def _huge_pages(setting: str | None) -> str:
+    if setting in ("always", "madvise"):
+        return f"for weights and KV cache ({setting})"
+    return (
+        f"{setting or 'none on this system'}; with them decoding reads a quarter faster: "
+        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    )
 
 
 def _gib(size: int) -> str:

@@ -157,6 +157,7 @@ def accelerators() -> dict[str, Any]:
         import torch
 
         from tgi_cli.kernels import backend
+        from tgi_cli.kernels.cpu.huge_pages import huge_pages_setting
     except (ImportError, OSError) as error:  # a broken torch is a reason to run `tgi env`
         return {"kernels": {"error": f"torch cannot be imported: {error}"}, "gpus": []}
     chosen = backend.select("auto")
@@ -177,6 +178,7 @@ def accelerators() -> dict[str, Any]:
             "deterministic": chosen.deterministic,
             "threads": chosen.num_threads,
             "free_bytes": chosen.free_memory(),
+            "huge_pages": huge_pages_setting(),
             "cuda": torch.version.cuda,
         },
         "gpus": gpus,

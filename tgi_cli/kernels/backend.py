@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.collective import ALONE, Collective
+from tgi_cli.kernels.cpu.huge_pages import HugePages
 from tgi_cli.kernels.cpu.library import Library, load
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
 from tgi_cli.kernels.memory import cgroup_headroom
@@ -47,6 +47,7 @@ class Backend:
     num_threads: int
     native: Library | None = None
     collective: Collective = ALONE  # this rank's end of what it shares with the others
+    memory: HugePages = field(default_factory=HugePages)  # of KV caches, on a CPU
 
     def free_memory(self) -> int:
         """Bytes this process can still take, by the container's limit where that is lower."""
@@ -67,17 +68,14 @@ class Backend:
         """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim].
 
         Zeroed. On a CPU a page is committed only when it is first written: `torch.zeros` would
-        write them all, so the memory comes from NumPy, which leaves that to the kernel.
+        write them all.
         """
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         if self.device.type != "cpu":
             keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
             return keys, values
         size = math.prod(shape) * dtype.itemsize
-        keys, values = (
-            torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
-            for _ in range(2)
-        )
+        keys, values = (self.memory.buffer(size).view(dtype).view(shape) for _ in range(2))
         return keys, values
 
     def weight_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:

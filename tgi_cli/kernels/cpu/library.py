@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tgi_cli.kernels.cpu.huge_pages import HugePages
+
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
@@ -259,6 +261,8 @@ class Context:
         self.variant = variant
         self.num_threads = num_threads
         self._finalize = weakref.finalize(self, dll.tgi_close, self.handle)
+        #: Memory for what every step reads.
+        self.buffer = HugePages().buffer
 
     def call(self, name: str, arguments: ctypes.Structure) -> None:
         """Run `tgi_<name>(context, &arguments)`."""

@@ -128,7 +128,8 @@ class PackedWeight:
     def dense(cls, context: Context, weight: Tensor, *, interleaved: bool = False) -> PackedWeight:
         """Pack a bf16 [out_features, in_features] matrix."""
         rows, columns = weight.shape
-        data = torch.empty((panels(rows), columns // 2, PANEL, 2), dtype=torch.bfloat16)
+        data = context.buffer(matrix_bytes(None, rows, columns)).view(torch.bfloat16)
+        data = data.view(panels(rows), columns // 2, PANEL, 2)
         context.pack((interleave(weight) if interleaved else weight).contiguous(), data)
         return cls(context, (rows, columns), data, None, interleaved=interleaved)
 
@@ -145,7 +146,7 @@ class PackedWeight:
         rows, columns = weight.out_features, weight.in_features
         if columns % _RUN:
             raise ValueError(f"{columns} inputs are no multiple of {_RUN}")
-        data = torch.empty(matrix_bytes(weight.scheme, rows, columns), dtype=torch.uint8)
+        data = context.buffer(matrix_bytes(weight.scheme, rows, columns))
         made = cls(
             context,
             (rows, columns),

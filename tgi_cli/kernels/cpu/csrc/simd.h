@@ -29,6 +29,8 @@ namespace tgi::TGI_NS {
 using bf16 = uint16_t;
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// What is wanted much later: into the second-level cache, which has more misses in flight.
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline float to_float(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
