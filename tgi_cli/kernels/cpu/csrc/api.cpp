@@ -1,5 +1,7 @@
 // The C interface, called through ctypes: a context holds the thread pool and the chosen variant.
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "program.h"
@@ -11,38 +13,35 @@ struct Context {
   const tgi::Kernels* kernels;
 };
 
+// The variants this CPU can run, best first.
+std::vector<const tgi::Kernels*> found_variants() {
+  std::vector<const tgi::Kernels*> found;
+  for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512vnni(), tgi::kernels_avx512(),
+                                   tgi::kernels_avx2()})
+    if (each != nullptr) found.push_back(each);
+  return found;
+}
+
 }  // namespace
 
 extern "C" {
 
 // The names of the variants this CPU can run, best first, separated by commas.
 const char* tgi_variants() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni && __builtin_cpu_supports("avx512bf16")) return "avx512bf16,avx512vnni,avx512,avx2";
-  if (vnni) return "avx512vnni,avx512,avx2";
-  if (avx512) return "avx512,avx2";
-  if (avx2) return "avx2";
-#endif
-  return "";
+  static const std::string names = [] {
+    std::string all;
+    for (const tgi::Kernels* each : found_variants()) all += (all.empty() ? "" : ",") + std::string(each->name);
+    return all;
+  }();
+  return names.c_str();
 }
 
 // Null if the variant is unknown or this CPU cannot run it.
 void* tgi_context(const char* variant, int threads) {
-  const char* found = std::strstr(tgi_variants(), variant);
-  const size_t length = std::strlen(variant);
-  if (length == 0 || found == nullptr || threads < 1) return nullptr;
-  const tgi::Kernels* kernels = nullptr;
-  for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512vnni(),
-                                   tgi::kernels_avx512(), tgi::kernels_avx2()})
-    if (each != nullptr && std::strcmp(each->name, variant) == 0) kernels = each;
-  if (kernels == nullptr) return nullptr;
-  return new Context{tgi::Pool(threads), kernels};
+  if (threads < 1) return nullptr;
+  for (const tgi::Kernels* each : found_variants())
+    if (std::strcmp(each->name, variant) == 0) return new Context{tgi::Pool(threads), each};
+  return nullptr;
 }
 
 void tgi_close(void* context) { delete static_cast<Context*>(context); }

@@ -8,7 +8,6 @@
 // Included once per instruction set.
 
 constexpr int kScoreVectors = kTileKeys / kLanes;
-constexpr int kRowGroup = TGI_ISA >= 2 ? 6 : 2;
 constexpr int kTileBlocks = kTileKeys / kBlock;
 constexpr int64_t kItemRows = 48;   // query rows that share a visit of a tile
 constexpr int64_t kSharedSeqs = 8;  // sequences of one item that may share tiles
@@ -69,7 +68,7 @@ inline void add_all_values(const Tile& tile, const Tile* next, const uint32_t (*
     for (int t = 0; t < kBlock / 2; ++t, at += dim * 2, later += dim * 2) {
       if (kRows <= kFewRows && next != nullptr)
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) prefetch(later + v * kLanes * 2);
+        for (int v = 0; v < kVectors; v += kLineVectors) prefetch(later + v * kLanes * 2);
       vi value[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) value[v] = load_pairs(at + v * kLanes * 2);
@@ -153,7 +152,7 @@ inline void attend_tile(const Attention& a, TileRow* rows, const Tile& tile, con
   for (int64_t i = 0; i < dim; i += 2) {
     if (kRows <= kFewRows && next != nullptr)
 #pragma GCC unroll 16
-      for (int v = 0; v < kScoreVectors; ++v)
+      for (int v = 0; v < kScoreVectors; v += kLineVectors)
         prefetch(next->keys[v / kPer] + (i / 2 * kBlock + (v % kPer) * kLanes) * 2);
     vi k[kScoreVectors];
 #pragma GCC unroll 16
@@ -206,10 +205,9 @@ inline void attend_tile(const Attention& a, TileRow* rows, const Tile& tile, con
 
   float old_scale[kRows], new_scale[kRows];
   merge_scales(kRows, rows, tile_max, tile_sum, old_scale, new_scale);
-  constexpr int kWide = 4;
   int64_t d = 0;
-  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-    merge_values<kRows, kWide>(tile, next, pairs, dim, d, old_scale, new_scale, rows);
+  for (; d + kValueVectors * kLanes <= dim; d += kValueVectors * kLanes)
+    merge_values<kRows, kValueVectors>(tile, next, pairs, dim, d, old_scale, new_scale, rows);
   for (; d < dim; d += kLanes) merge_values<kRows, 1>(tile, next, pairs, dim, d, old_scale, new_scale, rows);
 }
 
@@ -217,16 +215,8 @@ template <bool kMasked>
 inline void attend_rows(const Attention& a, TileRow* rows, int count, const Tile& tile, const Tile* next) {
   for (; count >= kRowGroup; count -= kRowGroup, rows += kRowGroup)
     attend_tile<kRowGroup, kMasked>(a, rows, tile, next);
-  switch (count) {
-    case 1: attend_tile<1, kMasked>(a, rows, tile, next); break;
-#if TGI_ISA >= 2
-    case 2: attend_tile<2, kMasked>(a, rows, tile, next); break;
-    case 3: attend_tile<3, kMasked>(a, rows, tile, next); break;
-    case 4: attend_tile<4, kMasked>(a, rows, tile, next); break;
-    case 5: attend_tile<5, kMasked>(a, rows, tile, next); break;
-#endif
-    default: break;
-  }
+  with_count<kRowGroup - 1>(
+      count, [&](auto n) { attend_tile<decltype(n)::value, kMasked>(a, rows, tile, next); });
 }
 
 // The tile at `index` of a sequence for one KV head; keys first_visible .. last_key are readable.

@@ -44,9 +44,9 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
     for (int v = 0; v < kVectors; ++v) {
       const bf16* p = w + (v / kPer) * panel_stride + i * kPanel + (v % kPer) * kLanes * 2;
       b[v] = load_pairs(p);
-      if (kRows == 1) prefetch_far(reinterpret_cast<const char*>(p) + kAheadBytes);
+      if (kRows == 1 && v % kLineVectors == 0) prefetch_far(reinterpret_cast<const char*>(p) + kAheadBytes);
     }
-    if (kRows > 1) look_ahead<ahead_lines(kRows, kVectors * 64)>(ahead, i / 2);
+    if (kRows > 1) look_ahead<ahead_lines(kRows, kVectors * kLanes * 4)>(ahead, i / 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const vi a = broadcast_pair(x + r * ldx + i);
@@ -70,9 +70,6 @@ inline void gemm_rows(const Gemm& g, const bf16* w, int64_t row, int64_t panel, 
     for (int p = 0; p < kPanels; ++p) gemm_finish(g, row + r, panel + p, whole[r] + p * kPer);
 }
 
-constexpr int kMaxRows = TGI_ISA >= 2 ? 6 : 2;
-constexpr int kGroup = TGI_ISA >= 2 ? 2 : 1;  // panels per tile: 24 of 32, or 8 of 16 registers
-
 // `w`: the panels' weights. `more`: those behind them are this thread's next work.
 template <int kPanels>
 inline void gemm_block(const Gemm& g, const bf16* w, int64_t row, int64_t rows, int64_t panel, bool more) {
@@ -83,17 +80,8 @@ inline void gemm_block(const Gemm& g, const bf16* w, int64_t row, int64_t rows, 
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
     const Lookahead ahead = tile_ahead(next, tile, steps, height, kPanels * kPanel * 4, more);
-    switch (height) {
-      case 1: gemm_rows<1, kPanels>(g, w, row, panel, ahead); break;
-      case 2: gemm_rows<2, kPanels>(g, w, row, panel, ahead); break;
-#if TGI_ISA >= 2
-      case 3: gemm_rows<3, kPanels>(g, w, row, panel, ahead); break;
-      case 4: gemm_rows<4, kPanels>(g, w, row, panel, ahead); break;
-      case 5: gemm_rows<5, kPanels>(g, w, row, panel, ahead); break;
-      case 6: gemm_rows<6, kPanels>(g, w, row, panel, ahead); break;
-#endif
-      default: break;
-    }
+    with_count<kMaxRows>(height,
+                         [&](auto n) { gemm_rows<decltype(n)::value, kPanels>(g, w, row, panel, ahead); });
     row += height;
     rows -= height;
   }

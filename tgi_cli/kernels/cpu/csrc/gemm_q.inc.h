@@ -7,7 +7,7 @@
 // row and run. So an output element depends on its own row and column alone, and equals that of every
 // other instruction set bit for bit.
 
-// A row's activations of one run. `start` cancels what the codes' zero point adds,
+// A row's activations of one run. `start` makes good that codes have a zero point and dot4 perhaps another,
 // for each part of a run with a scale of its own.
 struct Activations {
   int8_t values[kRun];
@@ -15,6 +15,11 @@ struct Activations {
   float sum;  // scale * sum of values: what a minimum is multiplied by
   int32_t start[2];
 };
+
+template <class G>
+constexpr int32_t start_factor() {
+  return kDotOffset<G::kBits> - G::kZero;
+}
 
 // Values that are not finite make the scale NaN, and so the whole output row.
 template <class G>
@@ -34,8 +39,8 @@ inline void quantize_run(const bf16* x, Activations* out) {
     sums[i * kLanes / 16] += round_to_int8(mul(v[i], set1(inverse)), out->values + i * kLanes);
   out->scale = magnitude * (1.0f / 127.0f) + sum(poison);
   out->sum = out->scale * static_cast<float>(sums[0] + sums[1]);
-  out->start[0] = -G::kZero * (G::kParts == 1 ? sums[0] + sums[1] : sums[0]);
-  out->start[1] = -G::kZero * sums[1];
+  out->start[0] = start_factor<G>() * (G::kParts == 1 ? sums[0] + sums[1] : sums[0]);
+  out->start[1] = start_factor<G>() * sums[1];
 }
 
 // Adds the products of a run's codes, or of one part of them, for kRows rows, `stride` apart.
@@ -84,7 +89,7 @@ inline void start_dots(const Activations* x, int64_t stride, int part, vi (&dot)
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) dot[r][v] = set1_int(G::kZero != 0 ? x[r * stride].start[part] : 0);
+    for (int v = 0; v < kVectors; ++v) dot[r][v] = set1_int(start_factor<G>() != 0 ? x[r * stride].start[part] : 0);
 }
 
 // A lone row streams and looks ahead in its own panel, further rows in the next one.
@@ -176,30 +181,29 @@ inline void wide_tile(const Activations* x, int64_t runs, int64_t each, const ui
   }
 }
 
-// With two vectors 24 of 32, or 8 of 16 registers are accumulators, in wide forms and their groups too.
 template <class G>
 constexpr int most_rows() {
-  return TGI_ISA < 2 ? 2 : G::kWide ? 4 : 6;
+  return G::kWide ? kQuantWideRows : kQuantRows;
 }
-constexpr int kQuantVectors = 2;
 
 template <class G, int kRows>
 inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64_t panel, Lookahead ahead) {
   constexpr int kPer = kPanel / kLanes;
+  constexpr int kVectors = kRows == 1 ? kLoneVectors : kQuantVectors;
   const int64_t runs = g.w.k / kRun;
   const uint8_t* w = G::codes(g.w, panel, 0);
   vf whole[kRows][kPer];
 #pragma GCC unroll 4
-  for (int first = 0; first < kPer; first += kQuantVectors) {
-    vf acc[kRows][kQuantVectors];
+  for (int first = 0; first < kPer; first += kVectors) {
+    vf acc[kRows][kVectors];
     if (G::kWide)
-      wide_tile<G, kRows, kQuantVectors>(x + row * runs, runs, G::runs(g.w), w, first, ahead, acc);
+      wide_tile<G, kRows, kVectors>(x + row * runs, runs, G::runs(g.w), w, first, ahead, acc);
     else
-      grouped_tile<G, kRows, kQuantVectors>(x + row * runs, runs, w, first, ahead, acc);
+      grouped_tile<G, kRows, kVectors>(x + row * runs, runs, w, first, ahead, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kQuantVectors; ++v) whole[r][first + v] = acc[r][v];
+      for (int v = 0; v < kVectors; ++v) whole[r][first + v] = acc[r][v];
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel, whole[r]);
@@ -216,17 +220,7 @@ inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int6
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
     const Lookahead ahead = tile_ahead(next, tile, runs, height, G::kGroupBytes, more);
-    switch (height) {
-      case 1: grouped_rows<G, 1>(g, x, row, panel, ahead); break;
-      case 2: grouped_rows<G, 2>(g, x, row, panel, ahead); break;
-#if TGI_ISA >= 2
-      case 3: grouped_rows<G, 3>(g, x, row, panel, ahead); break;
-      case 4: grouped_rows<G, 4>(g, x, row, panel, ahead); break;
-      case 5: grouped_rows<G, kMost < 5 ? 1 : 5>(g, x, row, panel, ahead); break;
-      case 6: grouped_rows<G, kMost < 6 ? 1 : 6>(g, x, row, panel, ahead); break;
-#endif
-      default: break;
-    }
+    with_count<kMost>(height, [&](auto n) { grouped_rows<G, decltype(n)::value>(g, x, row, panel, ahead); });
     row += height;
     rows -= height;
   }

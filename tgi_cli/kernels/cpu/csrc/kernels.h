@@ -10,6 +10,8 @@
 
 namespace tgi {
 
+using bf16 = uint16_t;
+
 constexpr int kPanel = 32;     // output features per packed panel
 constexpr int kBlock = 16;     // tokens per KV block
 constexpr int kTileKeys = 64;  // keys per attention tile, at absolute positions
@@ -157,9 +159,10 @@ struct Kernels {
   void (*probe)(Pool&, const Probe&);
 };
 
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512vnni();
+// One for each variant_*.cpp: null where this CPU cannot run it.
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_avx512vnni();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
 
 }  // namespace tgi

@@ -8,94 +8,6 @@
 constexpr int64_t kChunk = 64;  // ids that share a maximum and one vector of Philox counters
 constexpr float kMostNoise = 16.6356f;  // just above the noise of the largest uniform
 
-// --- Vectors of 32-bit words and of fp64 that only sampling needs.
-
-#if TGI_ISA >= 2
-constexpr int kWide = 8;  // fp64 lanes
-using vd = __m512d;
-inline vi bit_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
-inline vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
-inline vi count_up() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline uint32_t at_least(vi x, int32_t low) {  // one bit per lane
-  return _mm512_cmpge_epi32_mask(x, _mm512_set1_epi32(low));
-}
-inline uint32_t is_nan(vf x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
-inline uint32_t at_least(vf x, vf low) { return _mm512_cmp_ps_mask(x, low, _CMP_GE_OQ); }
-inline void multiply_words(vi x, uint32_t factor, vi& high, vi& low) {
-  const vi f = _mm512_set1_epi32(static_cast<int>(factor));
-  const vi even = _mm512_mul_epu32(x, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), f);
-  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-}
-inline vd set1_wide(double x) { return _mm512_set1_pd(x); }
-inline vd widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-inline vd add(vd a, vd b) { return _mm512_add_pd(a, b); }
-inline vd sub(vd a, vd b) { return _mm512_sub_pd(a, b); }
-inline vd mul(vd a, vd b) { return _mm512_mul_pd(a, b); }
-inline vd fma(vd a, vd b, vd c) { return _mm512_fmadd_pd(a, b, c); }
-inline vd max(vd a, vd b) { return _mm512_max_pd(a, b); }
-inline vd round_even(vd x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vd scale_by_power(vd x, vd n) { return _mm512_scalef_pd(x, n); }
-inline vd zero_below(vd value, vd x, vd low) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, low, _CMP_GE_OQ), value); }
-inline void store(double* p, vd x) { _mm512_storeu_pd(p, x); }
-inline void store_whole(int32_t* p, vd x) {  // rounded towards zero
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvttpd_epi32(x));
-}
-inline vd min(vd a, vd b) { return _mm512_min_pd(a, b); }
-#else
-constexpr int kWide = 4;
-using vd = __m256d;
-inline vi bit_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
-inline vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
-inline vi count_up() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-inline uint32_t lane_bits(vf x) { return static_cast<uint32_t>(_mm256_movemask_ps(x)); }
-inline uint32_t at_least(vi x, int32_t low) {
-  return lane_bits(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_set1_epi32(low - 1))));
-}
-inline uint32_t is_nan(vf x) { return lane_bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
-inline uint32_t at_least(vf x, vf low) { return lane_bits(_mm256_cmp_ps(x, low, _CMP_GE_OQ)); }
-inline void multiply_words(vi x, uint32_t factor, vi& high, vi& low) {
-  const vi f = _mm256_set1_epi32(static_cast<int>(factor));
-  const vi even = _mm256_mul_epu32(x, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), f);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-}
-inline vd set1_wide(double x) { return _mm256_set1_pd(x); }
-inline vd widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-inline vd add(vd a, vd b) { return _mm256_add_pd(a, b); }
-inline vd sub(vd a, vd b) { return _mm256_sub_pd(a, b); }
-inline vd mul(vd a, vd b) { return _mm256_mul_pd(a, b); }
-inline vd fma(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
-inline vd max(vd a, vd b) { return _mm256_max_pd(a, b); }
-inline vd round_even(vd x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vd scale_by_power(vd x, vd n) {  // n + bias becomes the low bits of a number near 2^52
-  const vd biased = add(n, set1_wide(4503599627370496.0 + 1023.0));
-  return mul(x, _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(biased), 52)));
-}
-inline vd zero_below(vd value, vd x, vd low) { return _mm256_and_pd(_mm256_cmp_pd(x, low, _CMP_GE_OQ), value); }
-inline void store(double* p, vd x) { _mm256_storeu_pd(p, x); }
-inline void store_whole(int32_t* p, vd x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(x)); }
-inline vd min(vd a, vd b) { return _mm256_min_pd(a, b); }
-#endif
-
-// exp(x) for x <= 0 to about 1 ulp of fp64, 0 below -708: Cody-Waite reduction, Taylor to degree 13.
-inline vd exp_wide(vd x) {
-  const vd low = set1_wide(-708.0);
-  const vd clamped = max(x, low);
-  const vd n = round_even(mul(clamped, set1_wide(1.4426950408889634)));
-  vd r = fma(n, set1_wide(-6.93147180369123816490e-01), clamped);
-  r = fma(n, set1_wide(-1.90821492927058770002e-10), r);
-  double factorial = 6227020800.0;  // 13!
-  vd p = set1_wide(1.0 / factorial);
-  for (int k = 13; k >= 1; --k) {
-    factorial /= k;
-    p = fma(p, r, set1_wide(1.0 / factorial));
-  }
-  return zero_below(scale_by_power(p, n), x, low);
-}
-
-// --- One row.
-
 struct SamplingSpace {  // of one worker
   float* maxima;    // [chunks]
   float* ranked;    // [vocab]: values picked out, or maxima to be ranked
@@ -217,24 +129,24 @@ inline float reached_by(int64_t rank, int64_t vocab, const SamplingSpace& space)
 }
 
 template <class F>
-inline void each_mass(const float* row, int64_t vocab, float most, F&& take) {  // kWide masses at a time
+inline void each_mass(const float* row, int64_t vocab, float most, F&& take) {  // kWideLanes masses at a time
   const vd highest = set1_wide(static_cast<double>(most));
   const auto give = [&](const float* values, int64_t count) {
     const vd below = sub(widen(values), highest);
     take(exp_wide(below), below, count);
   };
   int64_t i = 0;
-  for (; i + kWide <= vocab; i += kWide) give(row + i, kWide);
+  for (; i + kWideLanes <= vocab; i += kWideLanes) give(row + i, kWideLanes);
   if (i == vocab) return;
-  float tail[kWide];
-  for (int64_t j = 0; j < kWide; ++j) tail[j] = i + j < vocab ? row[i + j] : -INFINITY;
+  float tail[kWideLanes];
+  for (int64_t j = 0; j < kWideLanes; ++j) tail[j] = i + j < vocab ? row[i + j] : -INFINITY;
   give(tail, vocab - i);
 }
 
 inline double total_mass(const float* row, int64_t vocab, float most) {
   vd total = set1_wide(0.0);
   each_mass(row, vocab, most, [&](vd mass, vd, int64_t) { total = add(total, mass); });
-  double lanes[kWide], sum = 0.0;
+  double lanes[kWideLanes], sum = 0.0;
   store(lanes, total);
   for (double lane : lanes) sum += lane;
   return sum;
@@ -261,8 +173,8 @@ inline float wide_nucleus(const float* row, int64_t vocab, float most, double ta
   const vd scale = set1_wide(-kBinsPerUnit), last = set1_wide(kBins - 1);
   for (int i = 0; i < kBins; ++i) space.masses[i] = 0.0;
   each_mass(row, vocab, most, [&](vd mass, vd below, int64_t count) {
-    double lanes[kWide];
-    int32_t bins[kWide];
+    double lanes[kWideLanes];
+    int32_t bins[kWideLanes];
     store(lanes, mass);
     store_whole(bins, min(mul(below, scale), last));
     for (int64_t i = 0; i < count; ++i) space.masses[bins[i]] += lanes[i];
