@@ -16,8 +16,9 @@ struct Context {
 // The variants this CPU can run, best first.
 std::vector<const tgi::Kernels*> found_variants() {
   std::vector<const tgi::Kernels*> found;
-  for (const tgi::Kernels* each : {tgi::kernels_avx512bf16(), tgi::kernels_avx512vnni(), tgi::kernels_avx512(),
-                                   tgi::kernels_avx2()})
+  for (const tgi::Kernels* each :
+       {tgi::kernels_avx512bf16(), tgi::kernels_avx512vnni(), tgi::kernels_avx512(), tgi::kernels_avx2(),
+        tgi::kernels_neonbf16(), tgi::kernels_neondot(), tgi::kernels_neon()})
     if (each != nullptr) found.push_back(each);
   return found;
 }

@@ -164,5 +164,8 @@ const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
+const Kernels* kernels_neonbf16();
+const Kernels* kernels_neondot();
+const Kernels* kernels_neon();
 
 }  // namespace tgi

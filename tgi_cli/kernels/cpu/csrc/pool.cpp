@@ -46,6 +46,8 @@ void futex_wake(std::atomic<uint32_t>* word) {
 inline void set_float_mode() {
 #if defined(__x86_64__)
   _mm_setcsr(0x1f80);
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
 #endif
 }
 

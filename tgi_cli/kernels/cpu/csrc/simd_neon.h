@@ -108,9 +108,8 @@ inline void dot4(vi& acc, vi codes, vi bytes) {
 
 #if TGI_BF16
 // Rounds twice and to odd: the sum of the products, and its sum with the lane.
-inline void dot2(vf& acc, vi a, vi b) {
-  acc = vbfdotq_f32(acc, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
-}
+// As assembly, since g++ 12 writes constants of bf16 as if they were fp16.
+inline void dot2(vf& acc, vi a, vi b) { asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(acc) : "w"(a), "w"(b)); }
 inline uint16x4_t round_bits(vf x) { return vreinterpret_u16_bf16(vcvt_bf16_f32(x)); }
 #else
 inline void dot2(vf& acc, vi a, vi b) {
