@@ -33,12 +33,14 @@ def config_of(path: Path | str, *, num_shard: int = 1, **changes: Any) -> Engine
 class EngineChild:
     """A started engine process; `statuses` are those read so far."""
 
-    def __init__(self, runtime_dir: Path, epoch: int = 0) -> None:
+    def __init__(self, runtime_dir: Path, epoch: int = 0, weights_fd: int | None = None) -> None:
+        kept = () if weights_fd is None else (weights_fd,)
+        options = [option for fd in kept for option in ("--weights-fd", str(fd))]
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                (sys.executable, *_MODULE, str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
+                (sys.executable, *_MODULE, str(theirs.fileno()), *options),
+                pass_fds=[theirs.fileno(), *kept],
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
@@ -92,8 +94,10 @@ class EngineChild:
 
 
 @contextmanager
-def running(config: EngineConfig, runtime_dir: Path) -> Iterator[tuple[EngineChild, Ready]]:
-    child = EngineChild(runtime_dir)
+def running(
+    config: EngineConfig, runtime_dir: Path, weights_fd: int | None = None
+) -> Iterator[tuple[EngineChild, Ready]]:
+    child = EngineChild(runtime_dir, weights_fd=weights_fd)
     try:
         child.start(config)
         yield child, child.ready()

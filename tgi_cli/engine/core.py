@@ -85,9 +85,11 @@ class EngineCore:
         self._step_clock = StepClock(clock)
 
     @classmethod
-    def load(cls, config: EngineConfig, report: Report) -> EngineCore:
-        """Load a model and put an engine around it. Raises as `ModelExecutor.load`."""
-        executor = ModelExecutor.load(config, report)
+    def load(
+        cls, config: EngineConfig, report: Report, weights_fd: int | None = None
+    ) -> EngineCore:
+        """Load a model and put an engine around it; see `ModelExecutor.load`."""
+        executor = ModelExecutor.load(config, report, weights_fd)
         planned = executor.memory_plan
         scheduler = Scheduler(
             config.scheduler,

@@ -79,8 +79,12 @@ class ModelExecutor:
         self.facts = facts
 
     @classmethod
-    def load(cls, config: EngineConfig, report: Report) -> ModelExecutor:
+    def load(
+        cls, config: EngineConfig, report: Report, weights_fd: int | None = None
+    ) -> ModelExecutor:
         """Fetch the model, plan, read the weights, allocate the cache and warm up.
+
+        With `weights_fd`, shared memory, rank 0's packed weights are put there, or found there.
 
         Raises:
             HubError: the model cannot be found or fetched.
@@ -104,7 +108,9 @@ class ModelExecutor:
         threads = config.parallel.num_threads or min(usable_cores(), torch.get_num_threads())
         ranks_here = config.parallel.num_shard // config.parallel.nnodes
         # Opened before any other rank is started: what cannot work is refused at once.
-        opened = OpenedModel(local, rank=0, num_threads=max(1, threads // ranks_here))
+        opened = OpenedModel(
+            local, rank=0, num_threads=max(1, threads // ranks_here), weights_fd=weights_fd
+        )
         if model.max_model_len is None and (
             opened.plan.max_model_len < opened.checkpoint.max_position_embeddings
         ):

@@ -6,11 +6,13 @@ Knows no other process: ranks meet in the collective that it is given.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 
+from tgi_cli import __version__
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.kv_cache import KVCache
 from tgi_cli.engine.memory_plan import MemoryPlan, plan
@@ -19,6 +21,7 @@ from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.backend import select
 from tgi_cli.kernels.collective import Collective
+from tgi_cli.kernels.cpu.weight_store import WeightStore
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 
@@ -30,19 +33,25 @@ class OpenedModel:
         config: with `model_id` a local path.
         rank: whose part is to be built.
         num_threads: of the computation.
+        weights_fd: shared memory for the packed weights of this rank; None takes private memory.
 
     Raises:
         EngineError: it is broken or of a kind we cannot run.
         UsageError: the configuration contradicts itself or the model.
     """
 
-    def __init__(self, config: EngineConfig, *, rank: int, num_threads: int) -> None:
+    def __init__(
+        self, config: EngineConfig, *, rank: int, num_threads: int, weights_fd: int | None = None
+    ) -> None:
         self.config = config
         self.rank = rank
         self.backend = select(config.model.device, num_threads=num_threads)
         opened = open_checkpoint(config.model.model_id)
         self.checkpoint = with_activations(opened, config, self.backend)
         self.checkpoint.partition(rank, config.parallel.num_shard)
+        self._store: WeightStore | None = None
+        if weights_fd is not None:
+            self._store = self.backend.weight_store(weights_fd, self._fingerprint())
         self.plan: MemoryPlan = self._planned()
 
     def agree(self, kv_cache_tokens: int, max_model_len: int) -> None:
@@ -69,7 +78,12 @@ class OpenedModel:
         """
         self.backend = replace(self.backend, collective=collective)
         self.checkpoint = self.checkpoint.for_length(self.plan.max_model_len)
-        decoder = Decoder.build(self.checkpoint, self.backend, self.plan.dtype, progress=progress)
+        packer = self.backend.packer(
+            self.checkpoint.spec, self.plan.dtype, self.plan.block_size, self._store
+        )
+        decoder = Decoder.build(
+            self.checkpoint, self.backend, self.plan.dtype, progress=progress, packer=packer
+        )
         return ModelRunner(
             decoder,
             self.backend,
@@ -80,7 +94,21 @@ class OpenedModel:
             grammars=grammars,
         )
 
+    def _fingerprint(self) -> str:
+        """Of everything that this rank's packed weights depend on."""
+        checkpoint, model = self.checkpoint, self.config.model
+        format = checkpoint.format
+        files = [(str(path), path.stat()) for path in checkpoint.files()]
+        depends = (
+            [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in files],
+            [model.dtype, model.quantize, format.name, format.packs, format.wide_activations],
+            [self.backend.name, self.config.cache.block_size],
+            [self.rank, self.config.parallel.num_shard, __version__],
+        )
+        return hashlib.blake2b(repr(depends).encode(), digest_size=16).hexdigest()
+
     def _planned(self) -> MemoryPlan:
-        planned = plan(self.checkpoint, self.config, self.backend, rank=self.rank)
+        kept = 0 if self._store is None else self._store.nbytes
+        planned = plan(self.checkpoint, self.config, self.backend, rank=self.rank, kept=kept)
         planned.check()
         return planned

@@ -177,12 +177,18 @@ def check_config(config: EngineConfig) -> None:
 
 
 def plan(
-    checkpoint: Checkpoint, config: EngineConfig, backend: Backend, *, rank: int = 0
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    backend: Backend,
+    *,
+    rank: int = 0,
+    kept: int = 0,
 ) -> MemoryPlan:
     """Size the KV cache and add everything up. Call it before the weights are loaded.
 
     With several shards it is the plan of one rank, which may take its share of the memory that is
-    free on its machine.
+    free on its machine. `kept` bytes of its weights are in memory already, left by an engine that
+    is gone.
 
     The pool holds `max_num_seqs` contexts, or what `memory_fraction` of the memory left by the
     weights allows, or exactly `kv_cache_tokens` if told. A context that was not asked for shrinks
@@ -204,7 +210,7 @@ def plan(
         )
     parallel = config.parallel
     part = sized.partition(rank, parallel.num_shard)
-    free = backend.free_memory() // (parallel.num_shard // parallel.nnodes)
+    free = backend.free_memory() // (parallel.num_shard // parallel.nnodes) + kept
     weights = sized.weights_bytes(dtype, part)
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
     sizing = _Sizing(part.local, config, dtype, max_len, native=native)

@@ -1,4 +1,4 @@
-"""The engine's process: `python -m tgi_cli.engine.process --control-fd N`.
+"""The engine's process: `python -m tgi_cli.engine.process --control-fd N [--weights-fd M]`.
 
 Reads `EngineStart` from the control channel, says what it is doing, then serves HTTP workers on a
 ZMQ socket in the private runtime folder. It ends when the channel does, even in the middle of a
@@ -125,10 +125,16 @@ class ZmqTransport:
 
 
 class EngineProcess:
-    """One life of the engine."""
+    """One life of the engine.
 
-    def __init__(self, control: ControlChannel) -> None:
+    Args:
+        control: start and state; the death pipe.
+        weights_fd: shared memory that keeps packed weights from life to life, None without.
+    """
+
+    def __init__(self, control: ControlChannel, weights_fd: int | None = None) -> None:
         self._control = control
+        self._weights_fd = weights_fd
         self._last_status: tuple[str, float] = ("", 0.0)
 
     def main(self) -> int:
@@ -155,7 +161,7 @@ class EngineProcess:
     def _serve(self, start: EngineStart) -> None:
         from tgi_cli.engine.core import EngineCore
 
-        core = EngineCore.load(start.config, self._report)
+        core = EngineCore.load(start.config, self._report, self._weights_fd)
         # What is loaded stays: a full collection would look at all of it, in the middle of a step.
         gc.collect()
         gc.freeze()
@@ -203,10 +209,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the engine on an inherited control channel."""
     parser = argparse.ArgumentParser(prog="tgi_cli.engine.process")
     parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--weights-fd", type=int)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return EngineProcess(ControlChannel.from_fd(options.control_fd)).main()
+    control = ControlChannel.from_fd(options.control_fd)
+    return EngineProcess(control, options.weights_fd).main()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ from torch import Tensor
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.collective import ALONE, Collective
-from tgi_cli.kernels.cpu.huge_pages import HugePages
+from tgi_cli.kernels.cpu.huge_pages import HugePages, huge_pages_setting
 from tgi_cli.kernels.cpu.library import Library, load
+from tgi_cli.kernels.cpu.packer import Packer
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
+from tgi_cli.kernels.cpu.shared_pages import files_get_huge_pages
+from tgi_cli.kernels.cpu.weight_store import WeightStore
 from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
@@ -93,10 +96,34 @@ class Backend:
             return "the native kernels are not built for this machine"
         return reason_against_spec(spec, dtype, block_size)
 
+    def weight_store(self, fd: int, fingerprint: str) -> WeightStore | None:
+        """Where packed weights are kept, or None where private memory would be read faster.
+
+        That is so if the system gives huge pages to private memory alone.
+        """
+        if self.native is None:
+            return None
+        if huge_pages_setting() in ("madvise", "always") and not files_get_huge_pages():
+            log.info("packed weights are not kept for a restart: shared memory is slower here")
+            return None
+        return WeightStore(fd, fingerprint)
+
+    def packer(
+        self, spec: Any, dtype: torch.dtype, block_size: int, store: WeightStore | None = None
+    ) -> Packer | None:
+        """What packs the matrices of a decoder of `spec` while it is read; None if `plan` has none.
+
+        Torch is left with one thread for each of the packer's.
+        """
+        if self.native is None or self.reason_against(spec, dtype, block_size) is not None:
+            return None
+        torch.set_num_threads(1)
+        return Packer(self.native.context(self.native.variants()[0], self.num_threads), store)
+
     def plan(self, decoder: Any, block_size: int) -> NativeStep | None:
         """A native program for a whole step of `decoder`, or None to run its Python composition.
 
-        The program repacks the decoder's matrices in place and has threads of its own; torch is
+        The program repacks in place what no packer has packed, and has threads of its own; torch is
         left with one. Why there is none for a decoder or size of KV blocks is logged.
         """
         if self.native is None:
@@ -110,9 +137,10 @@ class Backend:
         if reason is not None:
             log.warning("the native kernels are not used for this model: %s", reason)
             return None
-        context = self.native.context(self.native.variants()[0], self.num_threads)
         torch.set_num_threads(1)
-        return NativeStep(context, decoder)
+        if decoder.packer is not None:
+            return NativeStep(decoder.packer.context, decoder)
+        return NativeStep(self.native.context(self.native.variants()[0], self.num_threads), decoder)
 
 
 def merge(*tables: Mapping[str, Any]) -> Ops:

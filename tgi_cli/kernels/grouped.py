@@ -118,3 +118,15 @@ class GroupedRows(Protocol):
     def rows(self, start: int, end: int) -> Grouped:
         """Rows `start` up to `end`."""
         ...
+
+
+@runtime_checkable
+class FloatRows(Protocol):
+    """A weight that can give its rows as floats, some at a time."""
+
+    in_features: int
+    out_features: int
+
+    def float_rows(self, start: int, end: int) -> Tensor:
+        """Rows `start` up to `end`, perhaps a view of a mapped file."""
+        ...

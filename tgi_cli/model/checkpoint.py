@@ -19,7 +19,7 @@ from tgi_cli.kernels.cpu.packed import matrix_bytes
 from tgi_cli.kernels.grouped import GroupScheme
 from tgi_cli.model.families import architecture_of, read_spec
 from tgi_cli.model.gguf_config import hf_config
-from tgi_cli.model.gguf_source import GgufSource
+from tgi_cli.model.gguf_source import GgufSource, part_paths
 from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, DynamicScaling
 from tgi_cli.model.weights import SafetensorsSource
@@ -48,6 +48,13 @@ class Checkpoint:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     stored_dtype: torch.dtype
+
+    def files(self) -> list[Path]:
+        """All files that its description and its weights may come from, in a stable order."""
+        location = Path(self.path)
+        if location.is_dir():
+            return sorted(path for path in location.iterdir() if path.is_file())
+        return part_paths(location)
 
     @property
     def vocab_size(self) -> int:

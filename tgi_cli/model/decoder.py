@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.cpu.packer import Packer
 from tgi_cli.model.batch import Batch
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.model.embedding import AnyEmbedding, Head, load_embedding, load_head
@@ -37,6 +38,7 @@ class Decoder:
         norm: Norm | None,
         head: Head | None,
         vocabulary: Vocabulary,
+        packer: Packer | None = None,
     ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
@@ -44,6 +46,7 @@ class Decoder:
         self.norm = norm
         self.head = head
         self.vocabulary = vocabulary
+        self.packer = packer  # what has packed its matrices
 
     @classmethod
     def build(
@@ -54,6 +57,7 @@ class Decoder:
         *,
         layers: range | None = None,
         progress: Callable[[float], None] | None = None,
+        packer: Packer | None = None,
     ) -> Decoder:
         """Read the weights and compose the parts.
 
@@ -64,6 +68,7 @@ class Decoder:
             layers: build only these; the embedding comes with the first layer of the model, norm
                 and head with the last one. None builds all.
             progress: called with the fraction of bytes read, in [0, 1].
+            packer: packs each matrix as it is read, for `Backend.plan`; None leaves them as read.
 
         Raises:
             CheckpointError: a tensor is missing, misshapen, unreadable or without a place.
@@ -73,7 +78,9 @@ class Decoder:
         collective = backend.collective
         partition = checkpoint.partition(collective.rank, collective.world_size)
         chosen = range(len(spec.layers)) if layers is None else layers
-        loader = Loader(checkpoint.source, checkpoint.format, backend, dtype, partition, progress)
+        loader = Loader(
+            checkpoint.source, checkpoint.format, backend, dtype, partition, progress, packer
+        )
         group_of = {
             layer: index for index, group in enumerate(spec.kv_groups) for layer in group.layers
         }
@@ -94,7 +101,9 @@ class Decoder:
         vocabulary: Vocabulary = WholeVocabulary()
         if collective.world_size > 1:
             vocabulary = SharedVocabulary(collective, partition.vocabulary)
-        return cls(partition.local, built, embedding, norm, head, vocabulary)
+        if packer is not None:
+            packer.finish()
+        return cls(partition.local, built, embedding, norm, head, vocabulary, packer)
 
     def forward(self, batch: Batch, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run a batch: the normalized hidden states [num_tokens, hidden_size].

@@ -71,9 +71,10 @@ Head = Linear | TiedHead
 
 
 def load_embedding(loader: Loader, spec: DecoderSpec) -> AnyEmbedding:
-    """Read the table; it stays in blocks if the format keeps them."""
+    """Read the table; it stays in blocks if the format keeps them, and is packed if it can be."""
     name, rows, columns = spec.names.embedding, spec.vocab_size, spec.hidden_size
-    weight = loader.packed_table(name, rows, columns)
+    tied = not _has_own_head(loader, spec)
+    weight = loader.packed_table(name, rows, columns, multiplied=tied)
     if weight is not None:
         return BlockEmbedding(loader.ops, weight, spec.embedding_scale, loader.dtype)
     return Embedding(loader.ops, loader.table(name, rows, columns), spec.embedding_scale)
@@ -86,7 +87,7 @@ def load_head(loader: Loader, spec: DecoderSpec, embedding: AnyEmbedding | None)
     it is what the model was trained with, and is used.
     """
     name = spec.names.head
-    if not spec.tied_head or (loader.has(name) and not _repeats(loader, name, spec)):
+    if _has_own_head(loader, spec):
         return Linear(loader.ops, loader.matrix([name], [spec.vocab_size], spec.hidden_size))
     if loader.has(name):
         loader.skip(name)
@@ -96,6 +97,11 @@ def load_head(loader: Loader, spec: DecoderSpec, embedding: AnyEmbedding | None)
 def _rounded(scale: float | None, dtype: torch.dtype) -> float | None:
     """The factor in the model's dtype, as it was in training."""
     return None if scale is None else float(torch.tensor(scale, dtype=dtype))
+
+
+def _has_own_head(loader: Loader, spec: DecoderSpec) -> bool:
+    name = spec.names.head
+    return not spec.tied_head or (loader.has(name) and not _repeats(loader, name, spec))
 
 
 def _repeats(loader: Loader, name: str, spec: DecoderSpec) -> bool:

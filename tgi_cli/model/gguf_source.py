@@ -7,7 +7,6 @@ families see the original checkpoint. An architecture is one row of `ARCHITECTUR
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tgi_cli.errors import CheckpointError, UnsupportedModel
 from tgi_cli.gguf_metadata import GGUFMetadata, TensorEntry, read_gguf_metadata
+from tgi_cli.model.mapped_file import MappedFile
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 from tgi_cli.quantize.formats.gguf import PackedTensor
 from tgi_cli.quantize.formats.gguf_blocks import BLOCK_TYPES, BlockType
@@ -78,9 +78,7 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         self.header: GGUFMetadata = read_gguf_metadata(str(path))
-        with path.open("rb") as file:
-            # Copy on write, because torch wants writable buffers; nobody writes.
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.file = MappedFile(path)
         for entry in self.header.tensors:
             if entry.ggml_type not in TYPES_BY_CODE:
                 raise UnsupportedModel(
@@ -97,9 +95,7 @@ class _Part:
     def stored(self, entry: TensorEntry) -> PackedTensor:
         """View one tensor in the mapped file; nothing is read before it is touched."""
         kind = TYPES_BY_CODE[entry.ggml_type]
-        flat = torch.frombuffer(
-            self._data, dtype=torch.uint8, count=entry.num_bytes, offset=entry.offset
-        )
+        flat = self.file.view(entry.offset, entry.num_bytes)
         return PackedTensor(kind, entry.shape, flat.view(-1, kind.row_bytes(entry.shape[-1])))
 
 
@@ -116,7 +112,7 @@ class GgufSource:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        parts = [_Part(part) for part in _part_paths(self.path)]
+        parts = [_Part(part) for part in part_paths(self.path)]
         self.metadata = parts[0].header
         self.architecture = str(self.metadata["general.architecture"])
         if self.architecture not in ARCHITECTURES:
@@ -187,6 +183,11 @@ class GgufSource:
         packed = self.packed(key)
         return packed.unpack(packed.kind.dtype or torch.float32, shard)
 
+    def release(self, key: str) -> None:
+        """Let the tensor's pages go."""
+        part, entry = self._entry(key)
+        part.file.release(entry.offset, entry.num_bytes)
+
     def packed(self, key: str) -> PackedTensor:
         """Give one tensor's blocks, rows in Hugging Face's order.
 
@@ -235,7 +236,7 @@ class GgufSource:
             ) from None
 
 
-def _part_paths(path: Path) -> list[Path]:
+def part_paths(path: Path) -> list[Path]:
     """All files of the checkpoint: the file itself, or every part of a split one, in order."""
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None:

@@ -87,9 +87,14 @@ def load_linear(
     in_features: int,
     *,
     bias: bool,
+    gated: bool = False,
 ) -> Linear:
-    """Read `<name>.weight` (and `<name>.bias`) for each name and stack them along the output."""
-    weight = loader.matrix([f"{name}.weight" for name in names], out_features, in_features)
+    """Read `<name>.weight` (and `<name>.bias`) for each name and stack them along the output.
+
+    See `Loader.matrix` for `gated`.
+    """
+    stored = [f"{name}.weight" for name in names]
+    weight = loader.matrix(stored, out_features, in_features, gated=gated)
     if not bias:
         return Linear(loader.ops, weight)
     biases = [

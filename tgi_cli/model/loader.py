@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError
 from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.cpu.packer import Packer
+from tgi_cli.kernels.grouped import FloatRows, GroupedRows
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.partition import Partition
 from tgi_cli.quantize.formats.base import Format, TableWeight, TensorSource, Weight
-from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
+from tgi_cli.quantize.formats.dense import DenseFormat
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,8 @@ class Loader:
     """A source, its format and the target: what every part needs to build itself.
 
     Shapes are asked for as the checkpoint has them; `partition` says which part of each tensor is
-    read here, and what comes back is that part.
+    read here, and what comes back is that part. With a `packer` matrices come back packed by it,
+    and what was read of the checkpoint leaves memory tensor by tensor.
     """
 
     def __init__(
@@ -39,9 +43,13 @@ class Loader:
         dtype: torch.dtype,
         partition: Partition,
         progress: Callable[[float], None] | None = None,
+        packer: Packer | None = None,
     ) -> None:
         self.source = source
+        if packer is not None:  # nothing is copied before it is packed
+            format = format.packing(wide_activations=format.wide_activations)
         self.format = format
+        self.packer = packer
         self.backend = backend
         self.ops: Ops = backend.ops
         self.dtype = dtype
@@ -60,30 +68,67 @@ class Loader:
 
     def table(self, name: str, rows: int, columns: int) -> Tensor:
         """A matrix that is looked up, not multiplied: [rows, columns] in the model's dtype."""
-        return self._tensor(name, (rows, columns), self.dtype)
-
-    def packed_table(self, name: str, rows: int, columns: int) -> TableWeight | None:
-        """A token table, or this rank's rows, as the format packs it; None if it does not."""
+        if self.packer is None:
+            return self._tensor(name, (rows, columns), self.dtype)
         self._check(name, (rows, columns))
-        weight = self.format.table(self.source, name, self.partition.shard(name), self.dtype)
-        if weight is not None:
-            self._done(name)
-        return weight
+        shard = self.partition.shard(name)
+        kept = self.packer.rows(name, self.source.read(name, shard))
+        self._done(name)
+        return kept
 
-    def matrix(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
-        """Matrices of these output sizes, stacked along the output and ready for the backend."""
+    def packed_table(
+        self, name: str, rows: int, columns: int, *, multiplied: bool
+    ) -> TableWeight | None:
+        """A token table, or this rank's rows, packed by the format or the packer; None if neither.
+
+        Args:
+            name: of the tensor.
+            rows: of the whole table.
+            columns: its width.
+            multiplied: whether it is the output matrix too; else the packer leaves floats as rows.
+        """
+        self._check(name, (rows, columns))
+        shard = self.partition.shard(name)
+        weight: Any = self.format.table(self.source, name, shard, self.dtype)
+        if weight is None and (self.packer is None or not multiplied):
+            return None
+        if self.packer is not None:
+            weight = weight or self.format.load(self.source, name, shard, self.dtype)
+            weight = self.packer.pack(name, weight)
+        self._done(name)
+        return cast(TableWeight, weight)
+
+    def matrix(
+        self,
+        names: Sequence[str],
+        out_features: Sequence[int],
+        in_features: int,
+        *,
+        gated: bool = False,
+    ) -> Weight:
+        """Matrices of these output sizes, stacked along the output and ready for the backend.
+
+        With `gated` there are two, whose outputs will be multiplied with each other: backends may
+        order them as suits that.
+        """
         parts = []
         for name, rows in zip(names, out_features, strict=True):
             self._check(name, (rows, in_features))
             shard = self.partition.shard(name)
             parts.append(self.format.load(self.source, name, shard, self.dtype))
-            self._done(name)
         weight = self.format.fuse(parts) if len(parts) > 1 else parts[0]
-        if isinstance(weight, DenseWeight):
+        if not isinstance(weight, GroupedRows):
             covered = (self.format.covers(self.source, name) for name in names)
             self._decoded += sum(covered) if self.format.name != DenseFormat.name else 0
-        out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
-        return weight.prepare(self.ops, out)
+        if self.packer is not None:
+            assert isinstance(weight, GroupedRows | FloatRows)
+            weight = self.packer.pack(names[0], weight, interleaved=gated)
+        else:
+            out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
+            weight = weight.prepare(self.ops, out)
+        for name in names:
+            self._done(name)
+        return weight
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds `name`."""
@@ -140,6 +185,9 @@ class Loader:
 
     def _done(self, name: str) -> None:
         self._used.add(name)
-        self._bytes_done += sum(map(self.source.nbytes, self.format.tensors(self.source, name)))
+        for stored in self.format.tensors(self.source, name):
+            self._bytes_done += self.source.nbytes(stored)
+            if self.packer is not None:  # else weights may be views of it
+                self.source.release(stored)
         if self._progress is not None:
             self._progress(min(1.0, self._bytes_done / self._bytes_total))

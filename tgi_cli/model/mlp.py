@@ -32,6 +32,7 @@ class GatedMLP:
             [size, size],
             hidden_size,
             bias=spec.bias,
+            gated=True,
         )
         down = load_summed_linear(loader, prefix + names.down, hidden_size, size, bias=spec.bias)
         return cls(loader.ops, spec, gate_up, down)

@@ -1,7 +1,8 @@
 """Safetensors checkpoints as a `TensorSource`: headers first, data only when asked for.
 
-One file or shards behind `model.safetensors.index.json`, as `transformers` writes them. Knows no
-model: which names exist and what they mean is the families' business.
+One file or shards behind `model.safetensors.index.json`, as `transformers` writes them. The library
+checks the files; tensors are views of our own mapping, whose pages can be let go. Knows no model:
+which names exist and what they mean is the families' business.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError
+from tgi_cli.model.mapped_file import MappedFile
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 
 SINGLE_FILE = "model.safetensors"
@@ -34,11 +37,56 @@ BITS = {
 }
 
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class _File:
+    """One file: the library's handle, and where each tensor's bytes lie in our mapping."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = _open(path)
+        self._mapped = MappedFile(path)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        self._places: dict[str, tuple[int, int]] = {}  # first byte, number of bytes
+        for key in self.handle.keys():  # noqa: SIM118 - a handle is no dictionary
+            start, end = header[key]["data_offsets"]
+            self._places[key] = (8 + size + start, end - start)
+
+    def tensor(self, key: str) -> Tensor:
+        """A view of the file where torch has the dtype, else what the library makes of it."""
+        described = self.handle.get_slice(key)
+        dtype, (offset, nbytes) = _DTYPES.get(described.get_dtype()), self._places[key]
+        if dtype is None or not nbytes:
+            made: Tensor = self.handle.get_tensor(key)
+            return made
+        return self._mapped.view(offset, nbytes).view(dtype).view(described.get_shape())
+
+    def release(self, key: str) -> None:
+        """See `TensorSource.release`."""
+        offset, nbytes = self._places[key]
+        if nbytes:
+            self._mapped.release(offset, nbytes)
+
+
 class SafetensorsSource:
     """The tensors of a folder's safetensors files, mapped and read lazily.
 
     Every header is read and checked against its file's size when the source is made; tensor data
-    is touched by `read` alone. A whole tensor that `read` gives may be a view of the mapped file.
+    is touched by `read` alone. What `read` gives, also of rows, may be a view of the file.
 
     Raises:
         CheckpointError: no weights, a file of the index is missing, truncated or corrupt, or lacks
@@ -47,12 +95,12 @@ class SafetensorsSource:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._files: dict[str, _File] = {}  # by tensor name
         index = self.folder / INDEX_FILE
         single = self.folder / SINGLE_FILE
         if single.is_file():
-            opened = _open(single)
-            self._files = dict.fromkeys(opened.keys(), opened)
+            opened = _File(single)
+            self._files = dict.fromkeys(opened.handle.keys(), opened)
         elif index.is_file():
             self._open_shards(_read_index(index))
         else:
@@ -67,8 +115,8 @@ class SafetensorsSource:
                 f"files that `{INDEX_FILE}` lists)",
                 hint=DOWNLOAD_AGAIN,
             )
-        opened = {name: _open(self.folder / name) for name in names}
-        stored = {name: set(handle.keys()) for name, handle in opened.items()}
+        opened = {name: _File(self.folder / name) for name in names}
+        stored = {name: set(file.handle.keys()) for name, file in opened.items()}
         for key, name in weight_map.items():
             if key not in stored[name]:
                 raise CheckpointError(
@@ -89,11 +137,11 @@ class SafetensorsSource:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header."""
-        return tuple(self._file(key).get_slice(key).get_shape())
+        return tuple(self._file(key).handle.get_slice(key).get_shape())
 
     def stored_dtype(self, key: str) -> str:
         """Safetensors' name of the dtype (`BF16`, `F8_E4M3`), from the header."""
-        name: str = self._file(key).get_slice(key).get_dtype()
+        name: str = self._file(key).handle.get_slice(key).get_dtype()
         return name
 
     def nbytes(self, key: str) -> int:
@@ -108,21 +156,23 @@ class SafetensorsSource:
 
     def read(self, key: str, shard: Shard = WHOLE) -> Tensor:
         """Read one tensor, or a shard of it, in the dtype it is stored in."""
-        handle = self._file(key)
+        file = self._file(key)
         try:
-            if shard.dim is None or shard.world_size == 1:
-                whole: Tensor = handle.get_tensor(key)
-                return whole
-            view = handle.get_slice(key)
-            start, end = shard.bounds(view.get_shape()[shard.dim])
-            part: Tensor = view[(slice(None),) * shard.dim + (slice(start, end),)]
+            whole = file.tensor(key)
         except SafetensorError as error:
             raise CheckpointError(
                 f"tensor `{key}` cannot be read from `{self.folder}`: {error}", hint=DOWNLOAD_AGAIN
             ) from error
-        return part
+        if shard.dim is None or shard.world_size == 1:
+            return whole
+        start, end = shard.bounds(whole.shape[shard.dim])
+        return whole.narrow(shard.dim, start, end - start).contiguous()
 
-    def _file(self, key: str) -> Any:
+    def release(self, key: str) -> None:
+        """Let the tensor's pages go."""
+        self._file(key).release(key)
+
+    def _file(self, key: str) -> _File:
         try:
             return self._files[key]
         except KeyError:

@@ -171,10 +171,24 @@ class Supervisor:
     # The engine
 
     async def _keep_engine(self, runtime_dir: str) -> None:
+        # Held here, so that the next engine finds the packed weights; without a name, so that
+        # nothing is left of it when this process ends, however it does.
+        weights_fd = os.memfd_create("tgi-weights")
+        try:
+            await self._keep_engines(runtime_dir, weights_fd)
+        finally:
+            os.close(weights_fd)
+
+    async def _keep_engines(self, runtime_dir: str, weights_fd: int) -> None:
         epoch = 0
         while True:
             start = EngineStart(config=self._engine_config, runtime_dir=runtime_dir, epoch=epoch)
-            self._engine = await Child.spawn("tgi_cli.engine.process", start)
+            self._engine = await Child.spawn(
+                "tgi_cli.engine.process",
+                start,
+                arguments=("--weights-fd", str(weights_fd)),
+                inherit=(weights_fd,),
+            )
             failure = await self._attend(self._engine)
             if self._stopping:
                 self._tell(Restarting(reason=failure.message))  # nothing more will come

@@ -221,3 +221,15 @@ def test_usable_cores(tmp_path: Path, files: dict[str, str], expected: int | Non
         (tmp_path / name).write_text(text)
     everything = usable_cores(tmp_path / "nowhere")
     assert usable_cores(tmp_path) == (expected or everything)
+
+
+def test_weights_that_are_kept_are_not_counted_twice(llama: Path) -> None:
+    """An engine that finds its weights in memory plans as the one that put them there."""
+    config = EngineConfig(model=ModelConfig(model_id=str(llama), dtype="float32"))
+    checkpoint, free = open_checkpoint(str(llama)), 20_000_000
+    first = plan(checkpoint, config, with_free(free))
+    kept = first.weights_bytes
+    again = plan(checkpoint, config, with_free(free - kept), kept=kept)
+    assert again.groups == first.groups
+    assert again.free_bytes == free
+    assert plan(checkpoint, config, with_free(free - kept)).groups != first.groups

@@ -7,6 +7,7 @@ rows that `dequantize` and `matmul` undo.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ _WIDE = {
     ("e4m3", 8, False): 15,
 }
 _RUN = 32  # inputs that are stored, and whose activations are rounded, together
-_PACKED_ROWS = 1024  # rows decoded at a time
+_ELEMENTS = 1 << 19  # decoded and packed at a time: intermediates stay in a core's cache
 
 _STORE = {torch.float32: 0, torch.bfloat16: 1}  # Epilogue in csrc/kernels.h
 
@@ -125,13 +126,45 @@ class PackedWeight:
         self._wide_activations = wide_activations
 
     @classmethod
+    def empty(
+        cls,
+        context: Context,
+        shape: tuple[int, int],
+        scheme: GroupScheme | None,
+        *,
+        interleaved: bool = False,
+        wide_activations: bool = False,
+        data: Tensor | None = None,
+    ) -> PackedWeight:
+        """A matrix of this shape to be filled, in `data` (uint8 of its `matrix_bytes`) if given.
+
+        Raises:
+            ValueError: a scheme's `in_features` is no multiple of 32.
+        """
+        rows, columns = shape
+        if scheme is not None and columns % _RUN:
+            raise ValueError(f"{columns} inputs are no multiple of {_RUN}")
+        if data is None:
+            data = context.buffer(matrix_bytes(scheme, rows, columns))
+        if scheme is None:
+            data = data.view(torch.bfloat16).view(panels(rows), columns // 2, PANEL, 2)
+        return cls(
+            context,
+            shape,
+            data,
+            scheme,
+            interleaved=interleaved,
+            wide_activations=wide_activations,
+        )
+
+    @classmethod
     def dense(cls, context: Context, weight: Tensor, *, interleaved: bool = False) -> PackedWeight:
         """Pack a bf16 [out_features, in_features] matrix."""
         rows, columns = weight.shape
-        data = context.buffer(matrix_bytes(None, rows, columns)).view(torch.bfloat16)
-        data = data.view(panels(rows), columns // 2, PANEL, 2)
-        context.pack((interleave(weight) if interleaved else weight).contiguous(), data)
-        return cls(context, (rows, columns), data, None, interleaved=interleaved)
+        made = cls.empty(context, (rows, columns), None, interleaved=interleaved)
+        for start, end in made.parts():
+            made.fill(lambda first, last: weight[first:last], start, end)
+        return made
 
     @classmethod
     def grouped(
@@ -143,22 +176,41 @@ class PackedWeight:
         wide_activations: bool = False,
     ) -> PackedWeight:
         """Pack a grouped matrix, some panels at a time; `in_features` is a multiple of 32."""
-        rows, columns = weight.out_features, weight.in_features
-        if columns % _RUN:
-            raise ValueError(f"{columns} inputs are no multiple of {_RUN}")
-        data = context.buffer(matrix_bytes(weight.scheme, rows, columns))
-        made = cls(
+        made = cls.empty(
             context,
-            (rows, columns),
-            data,
+            (weight.out_features, weight.in_features),
             weight.scheme,
             interleaved=interleaved,
             wide_activations=wide_activations,
         )
-        for start in range(0, rows, _PACKED_ROWS):
-            end = min(rows, start + _PACKED_ROWS)
-            made._fill(start, end, made._ordered(weight, start, end))
+        for start, end in made.parts():
+            made.fill(weight.rows, start, end)
         return made
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Bounds of rows, whole panels each, for `fill`: in any order, on any thread."""
+        unit = 2 * PANEL
+        step = max(unit, _ELEMENTS // self.in_features // unit * unit)
+        bounds = range(0, self.out_features, step)
+        return [(start, min(self.out_features, start + step)) for start in bounds]
+
+    def fill(self, rows: Callable[[int, int], Any], start: int, end: int) -> None:
+        """Pack the rows `start` up to `end` of the panels.
+
+        Args:
+            rows: gives rows of the matrix as it is stored: floats, or with a scheme `Grouped`.
+            start: first row, a multiple of `PANEL`.
+            end: one after the last, another multiple or `out_features`.
+        """
+        if not self.interleaved:
+            found = (rows(start, end),)
+        else:  # panels hold as many rows of gate as of up
+            half = self.out_features // 2
+            found = tuple(rows(at + start // 2, at + end // 2) for at in (0, half))
+        if self.scheme is None:
+            self._fill_floats([each.bfloat16() for each in found], start, end)
+        else:
+            self._fill_groups(found, start, end)
 
     @property
     def matrix(self) -> Matrix:
@@ -186,6 +238,10 @@ class PackedWeight:
         """Already prepared."""
         return self
 
+    def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows: [n] int64 -> [n, in_features]; not of an interleaved matrix."""
+        return self.embed(indices, 1.0).to(dtype)
+
     def dequantize(self) -> Tensor:
         """The dense matrix: bf16, or float32 where it is grouped."""
         rows, columns = self.out_features, self.in_features
@@ -200,28 +256,20 @@ class PackedWeight:
         wide = int(self._wide_activations)
         return Matrix(address, rows, self.in_features, self._form, group, wide)
 
-    def _ordered(self, weight: GroupedRows, start: int, end: int) -> Grouped:
-        """Rows as they lie in the panels; with interleaving those of gate and up in turns."""
-        if not self.interleaved:
-            return weight.rows(start, end)
-        half = weight.out_features // 2
-        gate, up = (
-            weight.rows(first + start // 2, first + end // 2) for first in (0, half)
-        )  # panels hold as many rows of either
+    def _fill_floats(self, found: list[Tensor], start: int, end: int) -> None:
+        rows = found[0] if len(found) == 1 else interleave(torch.cat(found))
+        self._context.pack(rows.contiguous(), self.data[start // PANEL : panels(end)])
 
-        def mix(first: Tensor, second: Tensor) -> Tensor:
-            return interleave(torch.cat([first, second]))
+    def _fill_groups(self, found: tuple[Grouped, ...], start: int, end: int) -> None:
+        def whole(name: str) -> Tensor | None:
+            parts = [part for each in found if (part := getattr(each, name)) is not None]
+            if len(parts) < len(found):
+                return None
+            rows: Tensor = parts[0] if len(parts) == 1 else interleave(torch.cat(parts))
+            return rows.contiguous()
 
-        minima = None
-        if gate.minima is not None and up.minima is not None:
-            minima = mix(gate.minima, up.minima)
-        return Grouped(mix(gate.codes, up.codes), mix(gate.scales, up.scales), minima)
-
-    def _fill(self, start: int, end: int, rows: Grouped) -> None:
-        """Pack rows that begin at a panel."""
         offset = matrix_bytes(self.scheme, start, self.in_features)
-        codes, scales = rows.codes.contiguous(), rows.scales.contiguous()
-        minima = None if rows.minima is None else rows.minima.contiguous()
+        codes, scales, minima = (whole(name) for name in ("codes", "scales", "minima"))
         target = self._matrix(self.data.data_ptr() + offset, end - start)
         self._context.pack_grouped(
             PackGrouped(target, pointer(codes), pointer(scales), pointer(minima))

@@ -170,14 +170,15 @@ class NativeStep:
         return None if tensor is None else pointer(self._keep(tensor.float().contiguous()))
 
     def _pack(self, linear: Any, *, interleaved: bool = False) -> Matrix:
-        """Repack a linear layer's matrix in place; its former form is freed."""
-        if not isinstance(linear.weight, PackedWeight):
-            linear.weight = self._packed(linear.weight, interleaved=interleaved)
+        """Repack a linear layer's matrix in place, unless a packer has done it."""
+        linear.weight = self._packed(linear.weight, interleaved=interleaved)
         self._keep(linear.weight.data)
         matrix: Matrix = linear.weight.matrix
         return matrix
 
     def _packed(self, weight: Any, *, interleaved: bool = False) -> PackedWeight:
+        if isinstance(weight, PackedWeight):
+            return weight
         if isinstance(weight, GroupedRows):
             return PackedWeight.grouped(
                 self._context,

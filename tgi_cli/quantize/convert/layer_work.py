@@ -112,6 +112,10 @@ class Overlay:
         """The replacement, or what is stored."""
         return self.replaced[key] if key in self.replaced else self.source.read(key, shard)
 
+    def release(self, key: str) -> None:
+        """See `TensorSource.release`."""
+        self.source.release(key)
+
 
 class _Reached(Exception):
     """Every point that is asked for has seen the batch."""

@@ -130,7 +130,7 @@ class AtLoadFormat:
         """
         rounding = self._rounding(key)
         if rounding is None or not self.covers(source, key):
-            return DenseFormat().load(source, key, shard, dtype)
+            return DenseFormat(packs=self.packs).load(source, key, shard, dtype)
         matrix = self._matrix(source, key, shard, rounding)
         if self.packs and matrix.scheme is not None:
             return GroupedWeight([matrix], dtype, wide_activations=self.wide_activations)

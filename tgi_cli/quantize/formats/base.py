@@ -65,6 +65,13 @@ class TensorSource(Protocol):
         """The tensor (or this shard of it), as stored if dense, else dequantized to float32."""
         ...
 
+    def release(self, key: str) -> None:
+        """Take what was read of the tensor out of memory, where it is a view of a mapped file.
+
+        Such views stay valid: what is touched again is read again.
+        """
+        ...
+
 
 class Weight(Protocol):
     """How one matrix multiplies. `out_features` x `in_features`, logical."""

@@ -278,7 +278,7 @@ class PackedFormat(ABC):
         if not self.covers(source, key):
             if source.read(key).dtype not in FLOATS:
                 raise wrong(key, f"is packed, but what `{self.name}` stores beside it is missing")
-            return DenseFormat().load(source, key, shard, dtype)
+            return DenseFormat(packs=self.packs).load(source, key, shard, dtype)
         matrix = self.stored(source, key)
         if shard.dim is not None and shard.world_size > 1:
             matrix = Slice(matrix, shard, key)
