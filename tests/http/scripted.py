@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 
+from tgi_cli.engine.client import Shortcut
 from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request, TokenLogprobs
 from tgi_cli.errors import EngineUnavailable
 
@@ -52,12 +53,15 @@ class ScriptedClient:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.running = 0
+        self.shortcuts = 0
         self.state = "ready"
         self.stats = EngineStats(kv_blocks_total=256)
         self.facts: ModelFacts | None = facts
         self._encode = encode
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request: Request, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
         self.running += 1
         ended = False
@@ -74,6 +78,9 @@ class ScriptedClient:
                 if self.fail_after is not None and number >= self.fail_after:
                     ended = True
                     raise EngineUnavailable("the engine died: killed by SIGKILL")
+                if shortcut is not None and shortcut(delta):
+                    self.shortcuts += 1
+                    continue
                 ended = delta.finish is not None
                 yield delta
         finally:

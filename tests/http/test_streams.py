@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 import pytest
@@ -24,8 +25,8 @@ ROUTES = [
 ]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -120,8 +121,51 @@ async def test_reader_that_stopped_is_dropped(
     site.engine.reply = lambda request: "y" * 400_000
     body = {"prompt": "a", "stream": True, "logprobs": 5}
     response = await site.session.post(COMPLETIONS, json=body)  # megabytes that nobody reads
-    await until(lambda: len(site.engine.aborted) == 1)
+    await until(lambda: len(site.engine.aborted) == 1, 30)
     response.close()
+
+
+SINGLE: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {**CHAT_STREAM, "stream_options": {"include_usage": True}}),
+    (CHAT, {**CHAT_STREAM, "logprobs": True, "top_logprobs": 2}),
+    (CHAT, {**CHAT_STREAM, "return_token_ids": True}),
+    (COMPLETIONS, {"prompt": "a", "stream": True}),
+    ("/generate_stream", {"inputs": "a", "parameters": {"details": True}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), SINGLE)
+async def test_single_answers_go_past_their_tasks(
+    site: Site, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """The same events as by way of the task, but for what differs between any two requests."""
+    site.engine.reply = lambda request: "naïve 🎈 " * 8
+    body = {**body, "seed": 1} if path != "/generate_stream" else body
+
+    async def events() -> list[Any]:
+        fresh = {"id": "", "created": 0}
+        said = await site.stream(path, body)
+        return [{**event, **fresh} if isinstance(event, dict) else event for event in said]
+
+    direct = await events()
+    assert site.engine.shortcuts > 60
+    monkeypatch.setattr(sse, "MOST_UNREAD", 0)  # as for a client that does not read
+    taken = site.engine.shortcuts
+    awaited = await events()
+    assert site.engine.shortcuts == taken
+    for event in (direct[-1], awaited[-1]):
+        if isinstance(event, dict):
+            event["details"]["seed"] = 0
+    assert direct == awaited
+
+
+async def test_several_answers_and_stop_texts_are_read_by_their_tasks(site: Site) -> None:
+    events = await site.stream(CHAT, {**CHAT_STREAM, "n": 2})
+    assert {event["choices"][0]["index"] for event in events[:-1]} == {0, 1}
+    events = await site.stream(CHAT, {**CHAT_STREAM, "stop": ["wor"]})
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1])
+    assert text == "Hello, "
+    assert site.engine.shortcuts == 0
 
 
 async def test_many_streams_are_not_mixed_up(serve: Serve) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from tgi_cli.config import EngineConfig
+from tgi_cli.engine.client import Shortcut
 from tgi_cli.engine.core import EngineCore
 from tgi_cli.engine.messages import Abort, Delta, EngineStats, Inbound, ModelFacts, Request
 from tgi_cli.engine.streams import StreamTable
@@ -64,11 +65,15 @@ class InlineClient:
         """Load a model in a thread, then serve it. Raises as `ModelExecutor.load`."""
         return cls(await asyncio.to_thread(EngineCore.load, config, _ignore))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request: Request, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """See `EngineClient.generate`."""
         if self._state != "ready":
             raise EngineUnavailable(f"the engine is not available: {self._state}")
-        reading = self._streams.read(request, send=self._transport.inbox.put, abort=self.abort)
+        reading = self._streams.read(
+            request, send=self._transport.inbox.put, abort=self.abort, shortcut=shortcut
+        )
         async with aclosing(reading) as deltas:
             async for delta in deltas:
                 yield delta

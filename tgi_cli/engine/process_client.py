@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 import msgspec
 import zmq
 
+from tgi_cli.engine.client import Shortcut
 from tgi_cli.engine.messages import (
     Abort,
     Delta,
@@ -89,9 +90,11 @@ class ProcessClient:
             self._socket = None
         self._streams.fail(EngineUnavailable(f"the engine is not available: {reason}"))
 
-    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, request: Request, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """See `EngineClient.generate`."""
-        return self._streams.read(request, send=self._send, abort=self.abort)
+        return self._streams.read(request, send=self._send, abort=self.abort, shortcut=shortcut)
 
     def abort(self, request_id: str) -> None:
         """See `EngineClient.abort`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
+from tgi_cli.engine.client import Shortcut
 from tgi_cli.engine.messages import Delta, Request
 from tgi_cli.errors import EngineUnavailable, InvalidRequest
 
@@ -17,23 +18,32 @@ from tgi_cli.errors import EngineUnavailable, InvalidRequest
 class OpenStream:
     """One answer on its way: `request`, and `received` tokens in order."""
 
-    __slots__ = ("_failure", "_loop", "_pending", "_waiting", "received", "request")
+    __slots__ = ("_failure", "_loop", "_pending", "_shortcut", "_waiting", "received", "request")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, shortcut: Shortcut | None = None) -> None:
         self.request = request
+        self._shortcut = shortcut
         self.received: list[int] = list(request.output_ids)
         self._pending: Delta | None = None
-        self._failure: EngineUnavailable | None = None
+        self._failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[None] | None = None  # the reader's, while it waits
 
     def feed(self, delta: Delta) -> None:
         """Take a delta from the engine."""
         self.received += delta.token_ids
+        # A reader that waits has dealt with everything before.
+        if self._shortcut is not None and self._waiting is not None and not self._waiting.done():
+            try:
+                if self._shortcut(delta):
+                    return
+            except Exception as error:  # it is the reader's, not that of the other streams
+                self.fail(error)
+                return
         self._pending = delta if self._pending is None else merge(self._pending, delta)
         self._wake()
 
-    def fail(self, failure: EngineUnavailable) -> None:
+    def fail(self, failure: Exception) -> None:
         """End the stream with an error, after what has arrived."""
         self._failure = failure
         self._wake()
@@ -45,6 +55,7 @@ class OpenStream:
                 raise self._failure
             self._waiting = self._loop.create_future()
             await self._waiting
+            self._waiting = None
         delta, self._pending = self._pending, None
         return delta
 
@@ -80,9 +91,14 @@ class StreamTable:
         self._open.clear()
 
     async def read(
-        self, request: Request, *, send: Callable[[Request], None], abort: Callable[[str], None]
+        self,
+        request: Request,
+        *,
+        send: Callable[[Request], None],
+        abort: Callable[[str], None],
+        shortcut: Shortcut | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Send a request and yield its deltas; leaving early aborts it.
+        """Send a request and yield its deltas, but those the shortcut took; leaving early aborts.
 
         Raises:
             InvalidRequest: the id belongs to an open answer.
@@ -90,7 +106,7 @@ class StreamTable:
         """
         if request.id in self._open:
             raise InvalidRequest(f"request id `{request.id}` is in use")
-        stream = OpenStream(request)
+        stream = OpenStream(request, shortcut)
         self._open[request.id] = stream
         finished = False
         try:

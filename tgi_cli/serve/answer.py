@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import NamedTuple
 
 import msgspec
 
@@ -36,13 +37,25 @@ class TextEvent(msgspec.Struct, gc=False):
     finish: str | None
 
 
+class Sink(NamedTuple):
+    """Where events go at once, while the reader of `Answer.events` waits for the next.
+
+    Attributes:
+        ready: Whether it can take one now; if not, the reader gets it.
+        take: Takes one that is neither the first nor the last.
+    """
+
+    ready: Callable[[], bool]
+    take: Callable[[TextEvent], None]
+
+
 class Answer:
     """Runs one `Request` and remembers what came of it.
 
     `continues`: the text goes on where the prompt's ends, unlike a new turn of a chat. `marks`
     are special tokens that are part of the text. `on_end` is called once when it is over, also when
     it was left or failed. `finish`, `stop_string` (the one found) and the times (seconds) are
-    complete once `events` has been read to its end.
+    complete once `events` has been read to its end. `sink` may take events in the reader's place.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Answer:
         self.text = ""
         self.finish: str | None = None
         self.stop_string: str | None = None
+        self.sink: Sink | None = None
         self.queue_time = 0.0
         self.first_token_time = 0.0
         self.total_time = 0.0
@@ -107,7 +121,8 @@ class Answer:
         )
         self._started = self._last = time.perf_counter()
         try:
-            async with aclosing(self._client.generate(self.request)) as deltas:
+            reading = self._client.generate(self.request, self._shortcut)
+            async with aclosing(reading) as deltas:
                 async for delta in deltas:
                     event = self._take(delta)
                     yield event
@@ -116,6 +131,16 @@ class Answer:
             raise GenerationFailed("the engine's answer ended before its end")
         finally:
             self._on_end(self)
+
+    def _shortcut(self, delta: Delta) -> bool:
+        """Hand a delta to the sink, unless it is the first one or may be the last."""
+        sink = self.sink
+        if sink is None or delta.finish is not None or not self.output_ids or not sink.ready():
+            return False
+        if self.request.sampling.stop:
+            return False
+        sink.take(self._take(delta))
+        return True
 
     def _take(self, delta: Delta) -> TextEvent:
         """Add what one step brought. Runs for every token of every client: nothing is idle here."""

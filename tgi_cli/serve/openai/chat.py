@@ -11,7 +11,7 @@ from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.chat_reply import ChatReply
 from tgi_cli.serve.openai.conversation import Conversation, effort_kwargs
 from tgi_cli.serve.openai.schema import ChatRequest, check_model, num_choices
-from tgi_cli.serve.sse import send_frames
+from tgi_cli.serve.sse import Outlet, send_frames
 from tgi_cli.serve.surfaces import OPENAI
 from tgi_cli.serve.timing import Timing
 
@@ -38,9 +38,11 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             visit.error = error
             return OPENAI.event(error)
 
+        outlet = Outlet()
         return await send_frames(
             request,
-            reply.frames(),
+            reply.frames(outlet),
+            outlet=outlet,
             error_event=broken,
             headers=timing.stream_headers(door.facts, [chat.prompt]),
         )

@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from tgi_cli.serve.answer import TextEvent, merge
+from tgi_cli.serve.answer import TextEvent
+from tgi_cli.serve.frames import frames_of
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.openai.conversation import Conversation
 from tgi_cli.serve.openai.message import MessageReader
@@ -21,7 +22,7 @@ from tgi_cli.serve.openai.replies import (
     usage_so_far,
 )
 from tgi_cli.serve.openai.schema import ChatRequest, StreamOptions
-from tgi_cli.serve.sse import DONE
+from tgi_cli.serve.sse import DONE, Outlet
 
 #: The keys of a delta that brings nothing but text.
 _CONTENT = {"content"}
@@ -64,21 +65,24 @@ class ChatReply:
             extra["prompt_logprobs"] = report
         return envelope.body(choices, **extra)
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    async def frames(self, outlet: Outlet) -> AsyncGenerator[bytes, None]:
         """Chunks: the role first, then text, an empty one with the reason, usage, `[DONE]`."""
         envelope = Envelope("chatcmpl", "chat.completion.chunk", self._model, self._facts)
         options = self._body.stream_options or StreamOptions()
         show_ids = self._body.return_token_ids
         extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
 
-        around: dict[int, tuple[bytes, bytes]] = {}
+        unchanging = self._top is None and not (options.continuous_usage_stats or show_ids)
+        around: dict[int, tuple[bytes, bytes]] = {}  # the text of a choice, where it alone changes
+        plain: set[int] = set()  # choices whose text needs no reader
+
+        def content(index: int, text: str) -> bytes:
+            head, tail = around[index]
+            return head + orjson.dumps(text) + tail
 
         def event(index: int, delta: dict[str, Any], finish: str | None, **more: Any) -> bytes:
-            if finish is None and not more and not extra and delta.keys() == _CONTENT:
-                if index not in around:
-                    around[index] = envelope.text_event(index)
-                head, tail = around[index]
-                return head + orjson.dumps(delta["content"]) + tail
+            if index in around and finish is None and delta.keys() == _CONTENT:
+                return content(index, delta["content"])
             choice = {
                 "index": index,
                 "delta": delta,
@@ -90,30 +94,40 @@ class ChatReply:
 
         readers: dict[int, MessageReader] = {}
         counts = [0] * len(self._answers)
-        async with aclosing(merge(self._answers)) as merged:
-            async for events in merged:
-                frame = b""
-                for index, step in events:
-                    counts[index] += len(step.token_ids)
-                    if options.continuous_usage_stats:
-                        extra["usage"] = usage_so_far(
-                            len(self._prompt.ids), counts[index], [self._answers[index]]
-                        )
-                    if index not in readers:
-                        readers[index] = self._chat.reader()
-                        if show_ids:
-                            extra["prompt_token_ids"] = self._prompt.ids
-                        frame += event(index, {"role": "assistant", "content": ""}, None)
-                        extra.pop("prompt_token_ids", None)
-                    reader = readers[index]
-                    more = self._reports(step)
-                    for delta in self._deltas(reader, step, bool(more)):
-                        frame += event(index, delta, None, **more)
-                        more = {}  # they go with the step's first chunk
-                    if step.finish is not None:
-                        frame += event(index, {}, self._finish(reader, step.finish))
-                if frame:
-                    yield frame
+
+        def make(events: list[tuple[int, TextEvent]]) -> bytes:
+            [(index, step), *others] = events
+            if not others and index in plain and step.finish is None:
+                return content(index, step.text) if step.text else b""
+            frame = b""
+            for index, step in events:
+                counts[index] += len(step.token_ids)
+                if options.continuous_usage_stats:
+                    extra["usage"] = usage_so_far(
+                        len(self._prompt.ids), counts[index], [self._answers[index]]
+                    )
+                if index not in readers:
+                    readers[index] = self._chat.reader()
+                    if show_ids:
+                        extra["prompt_token_ids"] = self._prompt.ids
+                    frame += event(index, {"role": "assistant", "content": ""}, None)
+                    extra.pop("prompt_token_ids", None)
+                    if unchanging:
+                        around[index] = envelope.text_event(index, **extra)
+                        if readers[index].plain:
+                            plain.add(index)
+                reader = readers[index]
+                more = self._reports(step)
+                for delta in self._deltas(reader, step, bool(more)):
+                    frame += event(index, delta, None, **more)
+                    more = {}  # they go with the step's first chunk
+                if step.finish is not None:
+                    frame += event(index, {}, self._finish(reader, step.finish))
+            return frame
+
+        async with aclosing(frames_of(self._answers, make, outlet)) as frames:
+            async for frame in frames:
+                yield frame
         tail = b""
         if options.include_usage:
             tail = envelope.event([], usage=usage(len(self._prompt.ids), self._answers))

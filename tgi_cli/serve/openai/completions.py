@@ -10,8 +10,9 @@ from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
 from tgi_cli.grammar import Grammar
-from tgi_cli.serve.answer import Answer, TextEvent, complete_all, merge
+from tgi_cli.serve.answer import Answer, TextEvent, complete_all
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
+from tgi_cli.serve.frames import frames_of
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.grammars import asked_grammar
 from tgi_cli.serve.keys import DOOR, SERVED
@@ -31,7 +32,7 @@ from tgi_cli.serve.openai.schema import (
     refuse_unsupported,
     sampling_params,
 )
-from tgi_cli.serve.sse import DONE, send_frames
+from tgi_cli.serve.sse import DONE, Outlet, send_frames
 from tgi_cli.serve.surfaces import OPENAI
 from tgi_cli.serve.timing import Timing
 
@@ -69,9 +70,11 @@ async def completions(request: web.Request) -> web.StreamResponse:
             visit.error = error
             return OPENAI.event(error)
 
+        outlet = Outlet()
         return await send_frames(
             request,
-            reply.frames(),
+            reply.frames(outlet),
+            outlet=outlet,
             error_event=broken,
             headers=timing.stream_headers(door.facts, prompts),
         )
@@ -199,7 +202,7 @@ class _CompletionReply:
                 choices.append(choice)
         return envelope.body(choices, usage=self._usage())
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    async def frames(self, outlet: Outlet) -> AsyncGenerator[bytes, None]:
         """Chunks of all choices as they come, then usage if asked, then `[DONE]`."""
         envelope = Envelope("cmpl", "text_completion", self._model, self._facts)
         options = self._body.stream_options
@@ -214,23 +217,26 @@ class _CompletionReply:
         counts = [0] * len(pieces)
         continuous = options is not None and options.continuous_usage_stats
         answers = [answer for group in self._groups for answer in group]
-        async with aclosing(merge(answers)) as merged:
-            async for events in merged:
-                frame = b""
-                for index, step in events:
-                    counts[index] += len(step.token_ids)
-                    if continuous:
-                        extra["usage"] = pieces[index].usage(counts[index])
-                    if index not in begun:
-                        begun.add(index)
-                        choice = pieces[index].first(step)
-                    elif step.text or step.logprobs or step.finish or self._body.return_token_ids:
-                        choice = pieces[index].next(step)
-                    else:
-                        continue
-                    frame += envelope.event([{"index": index, **choice}], **extra)
-                if frame:
-                    yield frame
+
+        def make(events: list[tuple[int, TextEvent]]) -> bytes:
+            frame = b""
+            for index, step in events:
+                counts[index] += len(step.token_ids)
+                if continuous:
+                    extra["usage"] = pieces[index].usage(counts[index])
+                if index not in begun:
+                    begun.add(index)
+                    choice = pieces[index].first(step)
+                elif step.text or step.logprobs or step.finish or self._body.return_token_ids:
+                    choice = pieces[index].next(step)
+                else:
+                    continue
+                frame += envelope.event([{"index": index, **choice}], **extra)
+            return frame
+
+        async with aclosing(frames_of(answers, make, outlet)) as frames:
+            async for frame in frames:
+                yield frame
         yield (envelope.event([], usage=self._usage()) if include_usage else b"") + DONE
 
     def _usage(self) -> dict[str, Any]:

@@ -34,6 +34,11 @@ class MessageReader:
         self._show_reasoning = show_reasoning
         self._dropping = False  # inside a call beyond the one that is wanted
 
+    @property
+    def plain(self) -> bool:
+        """Whether all of the text is content, as it stands."""
+        return self._split is None and self._parser is None
+
     def push(self, text: str) -> list[dict[str, Any]]:
         """The deltas that new text gives."""
         if self._split is None and self._parser is None:

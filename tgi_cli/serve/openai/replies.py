@@ -36,13 +36,13 @@ class Envelope:
         """One chunk as an SSE event."""
         return b"data: " + orjson.dumps(self.body(choices, **extra)) + b"\n\n"
 
-    def text_event(self, index: int) -> tuple[bytes, bytes]:
+    def text_event(self, index: int, **extra: Any) -> tuple[bytes, bytes]:
         """What stands before and after the JSON text of a chunk that brings content alone.
 
         Most chunks do, and all that differs between them is that text.
         """
         delta = {"index": index, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
-        head, _, tail = self.event([delta]).rpartition(b'""')
+        head, _, tail = self.event([delta], **extra).rpartition(b'""')
         return head, tail
 
 

@@ -11,12 +11,13 @@ from aiohttp import web
 
 from tgi_cli.engine.messages import TokenLogprobs
 from tgi_cli.errors import TgiError
-from tgi_cli.serve.answer import Answer, complete_all
+from tgi_cli.serve.answer import Answer, TextEvent, complete_all
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
+from tgi_cli.serve.frames import frames_of
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.grammars import AskedGrammar, tagged_grammar
 from tgi_cli.serve.keys import DOOR
-from tgi_cli.serve.sse import send_frames
+from tgi_cli.serve.sse import Outlet, send_frames
 from tgi_cli.serve.surfaces import TGI
 from tgi_cli.serve.tgi.schema import (
     GenerateRequest,
@@ -76,9 +77,11 @@ async def _respond(
             visit.error = error
             return TGI.event(error)
 
+        outlet = Outlet()
         return await send_frames(
             request,
-            reply.frames(answers[0]),
+            reply.frames(answers[0], outlet),
+            outlet=outlet,
             error_event=broken,
             headers=timing.stream_headers(door.facts, [prompt]),
         )
@@ -137,35 +140,38 @@ class _NativeReply:
                 ]
         return body
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+    async def frames(self, answer: Answer, outlet: Outlet) -> AsyncGenerator[bytes, None]:
         """One event a token; the last one carries the whole text and, if asked, the details."""
         index = 0
-        async with aclosing(answer.events()) as events:
-            async for step in events:
-                frame = b""
-                last = len(step.token_ids) - 1
-                entries = step.logprobs or []
-                for i, (token, text) in enumerate(
-                    zip(step.token_ids, step.token_texts, strict=True)
-                ):
-                    index += 1
-                    event: dict[str, Any] = {
-                        "index": index,
-                        "token": self._token(token, text, entries[i].logprob),
+
+        def make(events: list[tuple[int, TextEvent]]) -> bytes:
+            nonlocal index
+            [(_, step)] = events
+            frame = b""
+            last = len(step.token_ids) - 1
+            entries = step.logprobs or []
+            for i, (token, text) in enumerate(zip(step.token_ids, step.token_texts, strict=True)):
+                index += 1
+                event: dict[str, Any] = {
+                    "index": index,
+                    "token": self._token(token, text, entries[i].logprob),
+                }
+                if self._top:
+                    event["top_tokens"] = self._top_tokens(entries[i])
+                ended = step.finish is not None and i == last
+                event["generated_text"] = self._head + answer.text if ended else None
+                event["details"] = None
+                if ended and self._given.details:
+                    event["details"] = {
+                        **self._summary(answer),
+                        "input_length": len(self._prompt.ids),
                     }
-                    if self._top:
-                        event["top_tokens"] = self._top_tokens(entries[i])
-                    ended = step.finish is not None and i == last
-                    event["generated_text"] = self._head + answer.text if ended else None
-                    event["details"] = None
-                    if ended and self._given.details:
-                        event["details"] = {
-                            **self._summary(answer),
-                            "input_length": len(self._prompt.ids),
-                        }
-                    frame += b"data: " + orjson.dumps(event) + b"\n\n"
-                if frame:
-                    yield frame
+                frame += b"data: " + orjson.dumps(event) + b"\n\n"
+            return frame
+
+        async with aclosing(frames_of([answer], make, outlet)) as frames:
+            async for frame in frames:
+                yield frame
 
     def _summary(self, answer: Answer) -> dict[str, Any]:
         sampling = answer.request.sampling
