@@ -44,7 +44,7 @@ inline void gemm_tile(const bf16* x, int64_t ldx, const bf16* w, int64_t panel_s
     for (int v = 0; v < kVectors; ++v) {
       const bf16* p = w + (v / kPer) * panel_stride + i * kPanel + (v % kPer) * kLanes * 2;
       b[v] = load_pairs(p);
-      if (kRows == 1 && v % kLineVectors == 0) prefetch_far(reinterpret_cast<const char*>(p) + kAheadBytes);
+      if (kRows == 1 && v % kLineVectors == 0) prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
     }
     if (kRows > 1) look_ahead<ahead_lines(kRows, kVectors * kLanes * 4)>(ahead, i / 2);
 #pragma GCC unroll 16

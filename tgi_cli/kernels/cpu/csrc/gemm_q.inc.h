@@ -97,7 +97,7 @@ template <class G, int kRows>
 inline void fetch(const uint8_t* w, int64_t bytes, const Lookahead& ahead, int64_t step) {
   if (kRows == 1) {
 #pragma GCC unroll 32
-    for (int64_t line = 0; line < bytes; line += 64) prefetch_far(w + kAheadBytes + line);
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(w + kAheadBytes + line);
   } else {
     look_ahead<ahead_lines(kRows, G::kGroupBytes)>(ahead, step);
   }

@@ -22,7 +22,7 @@ void probe(Pool& pool, const Probe& a) {
       for (int64_t i = 0; i + 4 * kLanes * 4 <= part; i += 4 * kLanes * 4)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
-          prefetch_far(p + i + v * kLanes * 4 + kAheadBytes);
+          prefetch(p + i + v * kLanes * 4 + kAheadBytes);
           sums[v] = bit_or(sums[v], load_pairs(p + i + v * kLanes * 4));
         }
       store(last, from_bits(bit_or(bit_or(sums[0], sums[1]), bit_or(sums[2], sums[3]))));

@@ -22,9 +22,8 @@ namespace tgi::TGI_NS {
 
 constexpr int kLineVectors = 16 / kLanes;  // vectors in a cache line
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-// What is wanted much later: into the second-level cache, which has more misses in flight.
-inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into the second-level cache: it has more misses in flight, and what is fetched is wanted much later.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls call(std::integral_constant<int, n>{}) where 1 <= n <= kMost.
 template <int kMost, class Call>
