@@ -15,10 +15,10 @@ from typing import Protocol
 import msgspec
 import torch
 
-from tgi_cli import hub
+from tgi_cli import model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.loading import OpenedModel
-from tgi_cli.engine.machine import return_large_memory, usable_cores
+from tgi_cli.engine.machine import return_large_memory, trim_heap, usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config
 from tgi_cli.engine.messages import ModelFacts, RankFacts, Request
 from tgi_cli.engine.rank_group import RankGroup
@@ -31,6 +31,9 @@ from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
+
+#: Enough to start every thread and import, compile and touch what the first request would wait for.
+_WARM_UP_TOKENS, _WARM_UP_ROWS = 64, 4
 
 #: Called with a phase (`downloading`, `loading`, `warming up`) and a fraction or None.
 Report = Callable[[str, float | None], None]
@@ -94,13 +97,7 @@ class ModelExecutor:
         check_config(config)
         return_large_memory()
         model = config.model
-        path = hub.resolve(
-            model.model_id,
-            revision=model.revision,
-            token=model.token,
-            cache_dir=model.cache_dir,
-            progress=lambda fraction: report("downloading", fraction),
-        )
+        path = model_path.resolve(model, lambda fraction: report("downloading", fraction))
         report("loading", 0.0)
         local = msgspec.structs.replace(
             config, model=msgspec.structs.replace(model, model_id=str(path))
@@ -150,10 +147,12 @@ class ModelExecutor:
         facts = _facts(config, opened, runner, path, others)
         executor = cls(runner, opened.plan, facts, grammars, group)
         report("warming up", None)
-        sizes = config.scheduler.max_batch_tokens, config.scheduler.max_num_seqs
-        for step in runner.warm_up_steps(*sizes):
+        limits = config.scheduler
+        tokens = min(limits.max_batch_tokens, _WARM_UP_TOKENS)
+        for step in runner.warm_up_steps(tokens, min(limits.max_num_seqs, _WARM_UP_ROWS)):
             executor.submit(step)
             executor.collect()
+        trim_heap()
         return executor
 
     @property

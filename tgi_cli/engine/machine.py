@@ -43,3 +43,10 @@ def return_large_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: that of other threads' heaps, which keep theirs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

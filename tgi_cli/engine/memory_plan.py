@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from tgi_cli import hub
+from tgi_cli import model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.logprobs import PROMPT_LOGITS
@@ -145,12 +145,7 @@ def plan_for(config: EngineConfig) -> MemoryPlan:
         UsageError: the configuration contradicts itself or the model.
     """
     check_config(config)
-    path = hub.resolve(
-        config.model.model_id,
-        revision=config.model.revision,
-        token=config.model.token,
-        cache_dir=config.model.cache_dir,
-    )
+    path = model_path.resolve(config.model)
     backend = select(config.model.device)
     return plan(with_activations(open_checkpoint(str(path)), config, backend), config, backend)
 

@@ -144,11 +144,11 @@ class Supervisor:
         stop, now = asyncio.Event(), asyncio.Event()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._on_signal, stop, now)
+        engine = asyncio.create_task(self._keep_engine(runtime_dir))  # first: it takes longest
         workers = [
             asyncio.create_task(self._keep_worker(index, listener))
             for index in range(self._server_config.http_workers)
         ]
-        engine = asyncio.create_task(self._keep_engine(runtime_dir))
         stopped = asyncio.create_task(stop.wait())
         forced = asyncio.create_task(now.wait())
         tasks: list[asyncio.Task[Any]] = [engine, *workers, stopped, forced]

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -27,7 +27,6 @@ from tgi_cli.engine.messages import (
     Draining,
     Failed,
     Heartbeat,
-    ModelFacts,
     Ready,
     Restarting,
     Starting,
@@ -36,6 +35,7 @@ from tgi_cli.engine.messages import (
 )
 from tgi_cli.engine.process_client import ProcessClient
 from tgi_cli.errors import TemplateFailed, TgiError
+from tgi_cli.model_path import local_checkpoint
 from tgi_cli.serve.app import build_app
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
@@ -88,6 +88,7 @@ class Worker:
             ledger=ledger,
         )
         self._texts: Texts | None = None
+        self._early: tuple[str, asyncio.Task[Texts]] | None = None  # being read, from which path
         self._background: set[asyncio.Task[None]] = set()
         self._finished = asyncio.Event()
 
@@ -104,6 +105,7 @@ class Worker:
             backlog=BACKLOG,
         )
         await self._site.start()
+        self._read_early()
         listening = asyncio.create_task(self._follow(reader, writer))
         finished = asyncio.create_task(self._finished.wait())
         await asyncio.wait([listening, finished], return_when=asyncio.FIRST_COMPLETED)
@@ -138,13 +140,28 @@ class Worker:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
+    def _read_early(self) -> None:
+        """Read a local model's texts while the engine loads; failures are told when it is ready."""
+        path = local_checkpoint(self._start.engine.model.model_id)
+        if path is not None:
+            task = asyncio.create_task(self._read(str(path)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._early = str(path), task
+
+    def _reading(self, path: str) -> Awaitable[Texts]:
+        if self._early is not None and self._early[0] == path:
+            return self._early[1]
+        return self._read(path)
+
+    async def _read(self, path: str) -> Texts:
+        return await self._app[DOOR].in_pool(lambda: load_texts(path, self._start.config))
+
     async def _open(self, ready: Ready, writer: asyncio.StreamWriter) -> None:
         """Load tokenizer and template, let requests in, and tell the supervisor how it went."""
         door = self._app[DOOR]
         try:
             if self._texts is None:
-                config = self._start.config
-                self._texts = await door.in_pool(lambda: load_texts(ready.facts, config))
+                self._texts = await self._reading(ready.facts.model_path)
                 gc.collect()
                 gc.freeze()  # the vocabulary lives as long as the process: never walk it again
             door.open(self._texts, ready.facts)
@@ -171,10 +188,10 @@ class Worker:
         self._finished.set()
 
 
-def load_texts(facts: ModelFacts, config: ServerConfig) -> Texts:
-    """Load what turns text into tokens from where the engine found the weights."""
+def load_texts(path: str, config: ServerConfig) -> Texts:
+    """Load what turns text into tokens from where the weights are."""
     tokenizer = load_tokenizer(
-        facts.model_path,
+        path,
         tokenizer_config_path=config.tokenizer_config_path,
         chat_template=config.chat_template,
     )
