@@ -163,7 +163,8 @@ class Sampler:
         early = users(self.stages.early, batch)
         finite = None
         if len(early):  # masks hide what is not finite
-            finite = torch.isfinite(logits[torch.from_numpy(early)].amax(-1)).numpy()
+            hidden = logits if len(early) == len(logits) else logits[torch.from_numpy(early)]
+            finite = torch.isfinite(hidden.amax(-1)).numpy()
             apply_stages(self.stages.early, logits, batch)
         late = users(self.stages.late, batch)
         rest = logits[torch.from_numpy(late)] if len(late) else None
