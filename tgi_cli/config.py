@@ -63,6 +63,21 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     node_rank: int = 0
 
 
+class AdapterSource(msgspec.Struct, frozen=True):
+    """A LoRA adapter: the `name` requests give, and a local folder or a repository of the hub."""
+
+    name: str
+    source: str
+    revision: str | None = None
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Adapters served beside the model. `max_rank` None admits every rank."""
+
+    adapters: tuple[AdapterSource, ...] = ()
+    max_rank: int | None = None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine process needs to start."""
 
@@ -70,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    lora: AdapterConfig = AdapterConfig()
     json_logs: bool = False
     log_level: str = "INFO"
 

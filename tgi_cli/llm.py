@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tgi_cli.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from tgi_cli.adapter_names import parse_adapters
+from tgi_cli.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from tgi_cli.detokenizer import Detokenizer
 from tgi_cli.engine.inline_client import InlineClient
 from tgi_cli.engine.messages import ModelFacts, Request, TokenLogprobs
-from tgi_cli.errors import EngineUnavailable, GenerationFailed, InvalidRequest
+from tgi_cli.errors import EngineUnavailable, GenerationFailed, InvalidRequest, ModelNotFound
 from tgi_cli.grammar import Grammar
 from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import Tokenizer, load_tokenizer
@@ -71,6 +79,8 @@ class LLM:
         kv_cache_tokens: size of the KV cache; None takes it from free memory.
         prefix_caching: whether equal beginnings of prompts are computed once.
         num_threads: threads of the computation; all usable cores if None.
+        adapters: LoRA adapters that prompts may ask for, as `--lora-adapters` takes them:
+            `name=path`, `name=org/repo@revision` or `org/repo`.
         token: access token of the hub.
         cache_dir: where downloads are kept.
 
@@ -95,6 +105,7 @@ class LLM:
         kv_cache_tokens: int | None = None,
         prefix_caching: bool = True,
         num_threads: int | None = None,
+        adapters: Sequence[str] = (),
         token: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
@@ -113,6 +124,7 @@ class LLM:
             cache=CacheConfig(kv_cache_tokens=kv_cache_tokens, prefix_caching=prefix_caching),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
             parallel=ParallelConfig(num_threads=num_threads),
+            lora=AdapterConfig(adapters=parse_adapters(adapters, flag="adapters")),
         )
         # A loop of our own, so that this works inside a running one (notebooks) too.
         self._loop = asyncio.new_event_loop()
@@ -135,6 +147,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> list[Output]:
         """Answer prompts, in their order.
 
@@ -143,9 +156,11 @@ class LLM:
             sampling: how to choose tokens, the same for all prompts; the seed too, so equal
                 prompts get equal answers. None samples 16 tokens with the defaults.
             grammar: what every answer must be a text of; see `tgi_cli.Grammar`.
+            adapter: the name of one of the `adapters`; None is the model alone.
 
         Raises:
             InvalidRequest: a prompt is empty or a parameter is out of range; nothing is run.
+            ModelNotFound: there is no such adapter; nothing is run.
             GenerationFailed: a prompt could not be answered (too long, or a bad grammar).
             EngineUnavailable: the engine died, or `close` was called.
         """
@@ -153,8 +168,13 @@ class LLM:
             raise EngineUnavailable("the engine is not available: it was closed")
         sampling = sampling or SamplingParams()
         sampling.validate(self.facts.vocab_size)
+        names = [each.name for each in self.facts.adapters]
+        if adapter is not None and adapter not in names:
+            raise ModelNotFound(
+                f"there is no adapter `{adapter}` here; loaded are: {', '.join(names) or 'none'}"
+            )
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
-        return self._wait(self._answer_all(encoded, sampling, grammar))
+        return self._wait(self._answer_all(encoded, sampling, grammar, adapter or ""))
 
     def close(self) -> None:
         """End the engine and free the model; harmless to repeat."""
@@ -181,17 +201,28 @@ class LLM:
         return ids
 
     async def _answer_all(
-        self, prompts: list[list[int]], sampling: SamplingParams, grammar: Grammar | None
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        grammar: Grammar | None,
+        adapter: str,
     ) -> list[Output]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer(ids, sampling, grammar)) for ids in prompts]
+                tasks = [
+                    group.create_task(self._answer(ids, sampling, grammar, adapter))
+                    for ids in prompts
+                ]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _answer(
-        self, prompt_ids: list[int], sampling: SamplingParams, grammar: Grammar | None
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        grammar: Grammar | None,
+        adapter: str,
     ) -> Output:
         request = Request(
             id=uuid.uuid4().hex,
@@ -199,6 +230,7 @@ class LLM:
             sampling=sampling,
             eos_token_ids=tuple(self.tokenizer.eos_token_ids),
             grammar=grammar,
+            adapter=adapter,
         )
         detokenizer = Detokenizer(self.tokenizer, prompt_ids, stop=sampling.stop)
         token_ids: list[int] = []

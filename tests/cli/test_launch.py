@@ -279,9 +279,26 @@ def test_a_launch_line_of_vllm() -> None:
     assert len(said) == len(without)  # those that ask for what is so anyway are not worth a line
     for name in without:
         assert any(f"--{name}" in text and "has no effect" in text for text in said)
-    refused = run(*line.split(), "--enable-lora", "--speculative-config", "{}", "--show-config")
+    adapted = run(
+        *line.split(), "--enable-lora", "--max-lora-rank", "32", "--show-config",
+        "--lora-modules", "a=/x,b=org/repo@v1", "--lora-modules", "org/c",
+    )  # fmt: skip
+    assert adapted.returncode == 0, adapted.stderr
+    lora = json.loads(adapted.stdout)["engine"]["lora"]
+    assert lora["max_rank"] == 32
+    assert [(each["name"], each["source"], each["revision"]) for each in lora["adapters"]] == [
+        ("a", "/x", None),
+        ("b", "org/repo", "v1"),
+        ("org/c", "org/c", None),
+    ]
+    clash = run(*line.split(), "--lora-adapters", "n=/x", "--show-config")
+    assert clash.returncode == 2
+    assert "--lora-adapters calls an adapter `n`, which is the model's own name" in clash.stderr
+    refused = run(
+        *line.split(), "--enable-sleep-mode", "--speculative-config", "{}", "--show-config"
+    )
     assert refused.returncode == 2
-    assert "--enable-lora (LoRA adapters)" in refused.stderr
+    assert "--enable-sleep-mode (sleeping)" in refused.stderr
     assert "--speculative-config {} (speculative decoding)" in refused.stderr
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tgi_cli.adapter_names import parse_adapters
 from tgi_cli.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -35,6 +37,7 @@ def make_core(
     max_batch_tokens: int = 64,
     prefix_caching: bool = True,
     num_shard: int = 1,
+    adapters: Sequence[str] = (),
 ) -> EngineCore:
     config = EngineConfig(
         model=ModelConfig(
@@ -50,6 +53,7 @@ def make_core(
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
         parallel=ParallelConfig(num_shard=num_shard),
+        lora=AdapterConfig(adapters=parse_adapters(adapters, flag="adapters")),
     )
     return EngineCore.load(config, lambda phase, fraction: None)
 
@@ -64,9 +68,16 @@ class Answer:
         return self.deltas[-1]
 
 
-def request_of(request_id: str, prompt_ids: Sequence[int], **sampling: Any) -> Request:
+def request_of(
+    request_id: str, prompt_ids: Sequence[int], *, adapter: str = "", **sampling: Any
+) -> Request:
     sampling.setdefault("temperature", 0.0)
-    return Request(id=request_id, prompt_ids=list(prompt_ids), sampling=SamplingParams(**sampling))
+    return Request(
+        id=request_id,
+        prompt_ids=list(prompt_ids),
+        sampling=SamplingParams(**sampling),
+        adapter=adapter,
+    )
 
 
 def run(core: EngineCore, requests: Sequence[Request], *, stagger: int = 0) -> dict[str, Answer]:

@@ -36,6 +36,7 @@ class Paged:
         self.block_size = block_size
         self.groups = decoder.spec.kv_groups
         self.computed = [0] * num_seqs
+        self.adapters = [0] * num_seqs  # the adapter's slot of each sequence
         columns = -(-max_len // block_size)
         generator = torch.Generator().manual_seed(seed)
         self.tables = [
@@ -91,9 +92,10 @@ class Paged:
             seq_lens=torch.tensor(key_lens, dtype=torch.int32),
             groups=groups,
             logit_rows=torch.arange(sum(lens)),
-            adapter_slots=torch.zeros(len(rows), dtype=torch.int32),
+            adapter_slots=torch.tensor([self.adapters[seq] for seq in chosen], dtype=torch.int32),
             query_lens=tuple(lens),
             key_lens=tuple(key_lens),
+            adapters=[self.adapters[seq] for seq in chosen] if any(self.adapters) else (),
         )
         hidden = self.decoder.forward(batch, self.caches)
         for (seq, _), n in zip(rows, lens, strict=True):

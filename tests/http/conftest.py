@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,16 @@ def byte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def start_site(
-    byte_folder: Path, *, opened: bool = True, max_model_len: int = 512, **options: Any
+    byte_folder: Path,
+    *,
+    opened: bool = True,
+    max_model_len: int = 512,
+    adapters: Sequence[str] = (),
+    **options: Any,
 ) -> tuple[Site, Callable[[], Awaitable[None]]]:
     """A running application and how to stop it; options of ServerConfig."""
     tokenizer = load_tokenizer(str(byte_folder))
-    facts = byte_facts(str(byte_folder), max_model_len=max_model_len)
+    facts = byte_facts(str(byte_folder), max_model_len=max_model_len, adapters=adapters)
     engine = ScriptedClient(lambda text: tokenizer.encode(text, False), facts)
     app = build_app(ServerConfig(**options), engine, model_id="org/bytes")
     if opened:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from tgi_cli.engine.client import Shortcut
-from tgi_cli.engine.messages import Delta, EngineStats, ModelFacts, Request, TokenLogprobs
+from tgi_cli.engine.messages import (
+    AdapterFacts,
+    Delta,
+    EngineStats,
+    ModelFacts,
+    Request,
+    TokenLogprobs,
+)
 from tgi_cli.errors import EngineUnavailable
 
 EOS_ID = 257
 
 
-def byte_facts(model_path: str, *, max_model_len: int = 512) -> ModelFacts:
+def byte_facts(
+    model_path: str, *, max_model_len: int = 512, adapters: Sequence[str] = ()
+) -> ModelFacts:
     return ModelFacts(
         model_id="org/bytes",
         model_path=model_path,
@@ -34,6 +43,12 @@ def byte_facts(model_path: str, *, max_model_len: int = 512) -> ModelFacts:
         kv_blocks_total=256,
         num_parameters=1000,
         weights_bytes=4000,
+        adapters=[
+            AdapterFacts(
+                name=name, source=f"org/{name}", path="", rank=8, base_model=None, bytes=100
+            )
+            for name in adapters
+        ],
     )
 
 

@@ -89,7 +89,6 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"tool_choice": "required"}, "`tool_choice`"),
     ({"response_format": {"type": "xml"}}, "`response_format.type` must be"),
     ({"guided_regex": "a("}, "grammar is not valid"),
-    ({"adapter_id": "a"}, "`adapter_id`"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
     ({"chat_template_kwargs": {"messages": []}}, "`chat_template_kwargs`"),
 ]
@@ -136,7 +135,6 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "`seed` must be >= 0"),
     ({"details": "yes"}, "`parameters.details`"),
     ({"grammar": {"type": "regex", "value": "a("}}, "grammar is not valid: "),
-    ({"adapter_id": "a"}, "`adapter_id` is not supported yet"),
 ]
 
 
@@ -287,4 +285,5 @@ async def test_odd_parameters_never_crash(site: Site) -> None:
         for value in ODD_VALUES:
             body = {"inputs": "x", "parameters": {field: value}}
             status, answer, _ = await site.post(GENERATE, body)
-            assert status in (200, 422), (field, value, answer)
+            missing = {404} if field == "adapter_id" else set()
+            assert status in {200, 422} | missing, (field, value, answer)

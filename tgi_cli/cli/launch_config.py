@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
+from tgi_cli.adapter_names import parse_adapters
 from tgi_cli.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -31,6 +33,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "parallel": ParallelConfig,
+    "lora": AdapterConfig,
     "engine": EngineConfig,
     "server": ServerConfig,
 }
@@ -89,6 +92,10 @@ def build(
             "no model: --model-id is not given and TGI_MODEL_ID and MODEL_ID are not set",
             hint="`--model-id demo` serves a small model that is fetched on first use",
         )
+    if "adapters" in filled["lora"]:
+        flag = resolution.sources["lora_adapters"]
+        filled["lora"]["adapters"] = parse_adapters(filled["lora"]["adapters"], flag=flag)
+        _check_adapters(filled, flag)
     total = filled["server"].get("max_total_tokens")
     # A request can never use more context than this, so the engine need not plan for more.
     filled["model"].setdefault("max_model_len", total)
@@ -98,6 +105,7 @@ def build(
             cache=CacheConfig(**filled["cache"]),
             scheduler=SchedulerConfig(**filled["scheduler"]),
             parallel=ParallelConfig(**filled["parallel"]),
+            lora=AdapterConfig(**filled["lora"]),
             **filled["engine"],
         ),
         server=ServerConfig(**filled["server"]),
@@ -107,6 +115,16 @@ def build(
     _check_files(config.server, resolution.sources)
     _check_routes(config.server, resolution.sources)
     return config
+
+
+def _check_adapters(filled: dict[str, dict[str, Any]], flag: str) -> None:
+    taken = (filled["model"]["model_id"], filled["server"].get("served_model_name"), "tgi")
+    for adapter in filled["lora"]["adapters"]:
+        if adapter.name in taken:
+            raise UsageError(
+                f"{flag} calls an adapter `{adapter.name}`, which is the model's own name",
+                hint="give it another one: name=path",
+            )
 
 
 def _check_shards(config: LaunchConfig, resolution: Resolution) -> None:

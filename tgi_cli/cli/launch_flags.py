@@ -108,6 +108,20 @@ WORKING = (
             platform=("HF_MODEL_QUANTIZE",),
             choices=_QUANTIZATIONS,
         ),
+        _tgi(
+            "lora_adapters",
+            "lora.adapters",
+            "LoRA adapters beside the model: name=path, name=org/repo@revision or org/repo.",
+            aliases=("--lora-modules",),
+            kind="list",
+        ),
+        _own(
+            "max_lora_rank",
+            "lora.max_rank",
+            "Refuse adapters of a larger rank.",
+            kind="integer",
+            minimum=1,
+        ),
         _own("device", "model.device", "Where the model runs.", choices=("auto", "cpu", "cuda")),
         _own(
             "max_model_len",
@@ -487,9 +501,6 @@ STILL_TO_COME = _panel(
         0,
         kind="integer",
         minimum=0,
-    ),
-    _to_come(
-        "lora_adapters", "LoRA adapters", "Adapters to load beside the model.", (), kind="list"
     ),
     _to_come(
         "rope_scaling",

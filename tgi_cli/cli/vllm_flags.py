@@ -20,7 +20,7 @@ _LOGS = "--log-level and --json-output say what is logged"
 _PAGES = "pages may send any header and method; --cors-allow-origin names origins"
 _REPLICAS = "replicas"
 _IMAGES = "images and other media"
-_LORA = "LoRA adapters"
+_ADAPTERS = "--lora-adapters names what is served, and any mix of it runs in one batch"
 _SPECULATION = "speculative decoding"
 _OVERRIDES = "overriding a model's own configuration"
 _TEXTS = "another way of writing answers"
@@ -60,6 +60,11 @@ VLLM_WITHOUT_MEANING = (
     _no_meaning("distributed_executor_backend", "shards are processes of this server"),
     _no_meaning("enable_auto_tool_choice", _TEMPLATE, True, kind="switch", negatable=True),
     _no_meaning("tool_call_parser", _TEMPLATE),
+    _no_meaning("enable_lora", _ADAPTERS, True, False, kind="switch"),
+    _no_meaning("max_loras", _ADAPTERS, kind="integer"),
+    _no_meaning("max_cpu_loras", _ADAPTERS, kind="integer"),
+    _no_meaning("lora_dtype", "adapters are held in the model's number type", "auto"),
+    _no_meaning("fully_sharded_loras", "each shard holds its part", True, False, kind="switch"),
     _no_meaning("reasoning_parser", _TEMPLATE),
     *_switches(_TEMPLATE, "enable_reasoning"),
     _no_meaning("chat_template_content_format", _TEMPLATE, "auto"),
@@ -103,10 +108,6 @@ VLLM_TO_COME = (
     _to_come("cpu_offload_gb", "offloading weights", "Only 0 so far.", 0, kind="number"),
     _to_come("kv_transfer_config", "moving KV between servers", "Where to move KV."),
     _to_come("enable_sleep_mode", "sleeping", "Give memory back on demand.", False, kind="switch"),
-    _to_come("enable_lora", _LORA, "Serve adapters.", False, kind="switch"),
-    _to_come("lora_modules", _LORA, "Adapters as name=path.", (), kind="list"),
-    _to_come("max_loras", _LORA, "Adapters in one batch.", kind="integer"),
-    _to_come("max_lora_rank", _LORA, "Largest rank of an adapter.", kind="integer"),
     _to_come("speculative_config", _SPECULATION, "How to draft."),
     _to_come("speculative_model", _SPECULATION, "A drafting model."),
     _to_come("num_speculative_tokens", _SPECULATION, "Tokens to draft ahead.", 0, kind="integer"),

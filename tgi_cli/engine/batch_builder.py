@@ -42,12 +42,14 @@ class BatchBuilder:
         num_groups: int,
         block_size: int,
         device: torch.device,
+        adapter_slots: NDArray[np.int32] | None = None,
     ) -> None:
         max_rows, capacity = history.tokens.shape
         max_blocks = -(-capacity // block_size)
         self._history = history
         self._block_size = block_size
         self._device = device
+        self._adapter_slots = adapter_slots  # of every row; None where no adapter is served
         self._tables = [np.zeros((max_rows, max_blocks), np.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_rows), np.int64)
         self._decodes = _Decodes(max_rows, max_blocks, num_groups) if device.type == "cpu" else None
@@ -100,6 +102,9 @@ class BatchBuilder:
         num_drafts = np.array([len(row.draft_ids) for row in scheduled if row.sample], np.int64)
         sampled = np.flatnonzero(samples)
         logit_rows, logit_places = self._logit_rows(rows[sampled], ends[sampled], num_drafts)
+        slots = np.zeros(num_rows, np.int32)
+        if self._adapter_slots is not None:
+            slots = self._adapter_slots[rows]
         query_start = np.zeros(num_rows + 1, np.int32)
         query_start[1:] = ends
         batch = Batch(
@@ -109,9 +114,10 @@ class BatchBuilder:
             seq_lens=self._tensor(key_lens.astype(np.int32)),
             groups=groups,
             logit_rows=self._tensor(logit_places),
-            adapter_slots=torch.zeros(num_rows, dtype=torch.int32, device=self._device),
+            adapter_slots=self._tensor(slots),
             query_lens=tuple(lens),
             key_lens=tuple(longest),
+            adapters=tuple(slots.tolist()) if slots.any() else (),
         )
         return BuiltStep(batch, logit_rows, sampled, num_drafts)
 
@@ -136,6 +142,8 @@ class BatchBuilder:
         logit_rows = LogitRows(
             self._history, rows, history_lens, history_lens - self._history.num_prompt[rows]
         )
+        if self._adapter_slots is not None:
+            arrays.set_adapters(self._adapter_slots[rows])
         return BuiltStep(
             arrays.batch(key_lens), logit_rows, arrays.places[:count], arrays.no_drafts[:count]
         )
@@ -170,7 +178,13 @@ class _Decodes:
         self._query_start = np.arange(max_rows + 1, dtype=np.int32)
         self._adapters = np.zeros(max_rows, np.int32)
         self._key_lens: list[int] = []
+        self._adapter_list: list[int] = []  # empty where no row has an adapter
         self._batches: dict[int, Batch] = {}  # by number of rows
+
+    def set_adapters(self, slots: NDArray[np.int32]) -> None:
+        """The adapters of the rows to come."""
+        self._adapters[: len(slots)] = slots
+        self._adapter_list[:] = slots.tolist() if slots.any() else ()
 
     def batch(self, key_lens: list[int]) -> Batch:
         """The batch of as many rows, over the arrays as they are filled."""
@@ -192,5 +206,6 @@ class _Decodes:
                 adapter_slots=view(self._adapters[:count]),
                 query_lens=(1,) * count,
                 key_lens=self._key_lens,
+                adapters=self._adapter_list,
             )
         return made

@@ -18,6 +18,7 @@ import torch
 from tgi_cli import model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.loading import OpenedModel
+from tgi_cli.engine.lora import fetched
 from tgi_cli.engine.machine import return_large_memory, trim_heap, usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config
 from tgi_cli.engine.messages import ModelFacts, RankFacts, Request
@@ -98,9 +99,12 @@ class ModelExecutor:
         return_large_memory()
         model = config.model
         path = model_path.resolve(model, lambda fraction: report("downloading", fraction))
+        adapters = fetched(config)
         report("loading", 0.0)
         local = msgspec.structs.replace(
-            config, model=msgspec.structs.replace(model, model_id=str(path))
+            config,
+            model=msgspec.structs.replace(model, model_id=str(path)),
+            lora=adapters,
         )
         threads = config.parallel.num_threads or min(usable_cores(), torch.get_num_threads())
         ranks_here = config.parallel.num_shard // config.parallel.nnodes
@@ -116,6 +120,7 @@ class ModelExecutor:
                 opened.checkpoint.max_position_embeddings,
                 opened.plan.max_model_len,
             )
+        opened.adapters.warn_of_other_bases(model.model_id)
         group = None
         if config.parallel.num_shard > 1:
             group = RankGroup.start(local, opened.backend, threads)
@@ -261,6 +266,14 @@ def _facts(
         num_parameters=checkpoint.num_parameters,
         weights_bytes=sum(rank.weights_bytes for rank in ranks) or planned.weights_bytes,
         ranks=ranks,
+        adapters=opened.adapters.facts(
+            config.lora,
+            planned.dtype,
+            [
+                checkpoint.partition(rank, config.parallel.num_shard)
+                for rank in range(config.parallel.num_shard)
+            ],
+        ),
     )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from tgi_cli import __version__
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.kv_cache import KVCache
+from tgi_cli.engine.lora import OpenedAdapters
 from tgi_cli.engine.memory_plan import MemoryPlan, plan
 from tgi_cli.engine.precision import with_activations
 from tgi_cli.engine.runner import ModelRunner
@@ -49,6 +50,7 @@ class OpenedModel:
         opened = open_checkpoint(config.model.model_id)
         self.checkpoint = with_activations(opened, config, self.backend)
         self.checkpoint.partition(rank, config.parallel.num_shard)
+        self.adapters = OpenedAdapters(config.lora, self.checkpoint)
         self._store: WeightStore | None = None
         if weights_fd is not None:
             self._store = self.backend.weight_store(weights_fd, self._fingerprint())
@@ -84,6 +86,10 @@ class OpenedModel:
         decoder = Decoder.build(
             self.checkpoint, self.backend, self.plan.dtype, progress=progress, packer=packer
         )
+        part = self.checkpoint.partition(self.rank, self.config.parallel.num_shard)
+        bank = self.adapters.load(part, self.plan.dtype, self.backend.device)
+        if bank is not None:
+            decoder.attach(bank)
         return ModelRunner(
             decoder,
             self.backend,
@@ -92,6 +98,7 @@ class OpenedModel:
             max_len=self.plan.max_model_len,
             block_size=self.plan.block_size,
             grammars=grammars,
+            adapters=self.adapters.names,
         )
 
     def _fingerprint(self) -> str:
@@ -109,6 +116,13 @@ class OpenedModel:
 
     def _planned(self) -> MemoryPlan:
         kept = 0 if self._store is None else self._store.nbytes
-        planned = plan(self.checkpoint, self.config, self.backend, rank=self.rank, kept=kept)
+        planned = plan(
+            self.checkpoint,
+            self.config,
+            self.backend,
+            rank=self.rank,
+            kept=kept,
+            adapter_bytes=self.adapters.nbytes,
+        )
         planned.check()
         return planned

@@ -6,6 +6,7 @@ free memory. `tgi launch --dry-run` prints it, the engine follows it. Knows no r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from tgi_cli import model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.logprobs import PROMPT_LOGITS
+from tgi_cli.engine.lora import OpenedAdapters, fetched
 from tgi_cli.engine.precision import check_quantize, resolve_dtype, with_activations
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
+from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, KVGroup
 
 #: A model is served if this many tokens fit, unless its own context is shorter.
@@ -57,7 +60,8 @@ class MemoryPlan:
     block_size: int  # tokens
     kv_cache_tokens: int
     groups: tuple[KVGroupPlan, ...]
-    weights_bytes: int
+    weights_bytes: int  # adapters included
+    adapter_bytes: int
     activation_bytes: int
     baseline_bytes: int
     free_bytes: int
@@ -121,6 +125,7 @@ class MemoryPlan:
                 for group in self.groups
             ],
             "weights_bytes": self.weights_bytes,
+            "adapter_bytes": self.adapter_bytes,
             "kv_bytes": self.kv_bytes,
             "activation_bytes": self.activation_bytes,
             "baseline_bytes": self.baseline_bytes,
@@ -147,7 +152,9 @@ def plan_for(config: EngineConfig) -> MemoryPlan:
     check_config(config)
     path = model_path.resolve(config.model)
     backend = select(config.model.device)
-    return plan(with_activations(open_checkpoint(str(path)), config, backend), config, backend)
+    checkpoint = with_activations(open_checkpoint(str(path)), config, backend)
+    adapters = OpenedAdapters(fetched(config), checkpoint)
+    return plan(checkpoint, config, backend, adapter_bytes=adapters.nbytes)
 
 
 def check_config(config: EngineConfig) -> None:
@@ -178,6 +185,7 @@ def plan(
     *,
     rank: int = 0,
     kept: int = 0,
+    adapter_bytes: Callable[[torch.dtype, Partition], int] = lambda dtype, part: 0,
 ) -> MemoryPlan:
     """Size the KV cache and add everything up. Call it before the weights are loaded.
 
@@ -187,7 +195,8 @@ def plan(
 
     The pool holds `max_num_seqs` contexts, or what `memory_fraction` of the memory left by the
     weights allows, or exactly `kv_cache_tokens` if told. A context that was not asked for shrinks
-    to the pool; one that was is kept, and the plan does not fit.
+    to the pool; one that was is kept, and the plan does not fit. `adapter_bytes` gives what the
+    adapters take beside a rank's part of the model, held in the model's dtype.
 
     Raises:
         UsageError: a context longer than the model's or than the told cache, or a number of shards
@@ -206,9 +215,10 @@ def plan(
     parallel = config.parallel
     part = sized.partition(rank, parallel.num_shard)
     free = backend.free_memory() // (parallel.num_shard // parallel.nnodes) + kept
-    weights = sized.weights_bytes(dtype, part)
+    adapters = adapter_bytes(dtype, part)
+    weights = sized.weights_bytes(dtype, part) + adapters
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
-    sizing = _Sizing(part.local, config, dtype, max_len, native=native)
+    sizing = _Sizing(part.local, config, dtype, max_len, native=native, adapted=adapters > 0)
     if told is not None:
         tokens = told
     else:
@@ -228,6 +238,7 @@ def plan(
         kv_cache_tokens=max(group.num_blocks - 1 for group in groups) * config.cache.block_size,
         groups=groups,
         weights_bytes=weights,
+        adapter_bytes=adapters,
         activation_bytes=sizing.activations(tokens),
         baseline_bytes=int(psutil.Process().memory_info().rss),  # type: ignore[no-untyped-call]
         free_bytes=free,
@@ -250,8 +261,10 @@ class _Sizing:
         max_len: int,
         *,
         native: bool,
+        adapted: bool,
     ) -> None:
         self._native = native
+        self._adapted = adapted
         self._spec = spec
         self._dtype = dtype
         self._block_size = config.cache.block_size
@@ -296,6 +309,8 @@ class _Sizing:
             qkv = heads * attention.head_dim * size
             # gate, up, their product and the activation in between
             mlp = 4 * layer.feed.intermediate_size * size
+            if self._adapted:  # gate and up apart from their GEMM, in float32
+                mlp += 8 * layer.feed.intermediate_size
             layers = max(layers, qkv + mlp)
         # residual, its sum, the normalized row, and two float32 copies inside the norm
         rows = chunk * (spec.hidden_size * (3 * size + 8) + layers)

@@ -21,8 +21,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     request is admitted with them as outputs, never pasted into the prompt. `tenant` is the API
     key's name, `user` only divides a tenant's own share; `weight` scales the tenant's share,
     lower `priority` runs first (0 is normal). `arrival` is wall-clock seconds. `cache_salt`
-    keeps prefix-cache entries apart. `eos_token_ids` end generation unless `ignore_eos`. The output
-    is a text of `grammar` if there is one, and ends with it.
+    keeps prefix-cache entries apart. `adapter` is the name of a LoRA adapter, empty for none.
+    `eos_token_ids` end generation unless `ignore_eos`. The output is a text of `grammar` if there
+    is one, and ends with it.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""
     grammar: Grammar | None = None
 
 
@@ -120,6 +122,17 @@ class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
 
 
+class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that is served: where it was found and what it is."""
+
+    name: str
+    source: str  # as the user named it
+    path: str
+    rank: int  # the largest of any matrix
+    base_model: str | None  # what it says it was trained on
+    bytes: int  # of all ranks
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side and `/info` need to know of the loaded model.
 
@@ -149,6 +162,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     weights_bytes: int  # of all ranks
     ranks: list[RankFacts] = []  # empty for one process
+    adapters: list[AdapterFacts] = []
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
 """Finds blocks that hold a sequence's beginning already, in all KV groups at once.
 
 A block's digest chains over its parent's, so it stands for all tokens before it too; the root
-holds the salts, so that tenants (and `cache_salt`s) never meet. The chain is the same for every
-group, the index is per group: windows keep and lose other blocks than full attention.
+holds the salts, so that tenants, adapters and `cache_salt`s never meet. The chain is the same for
+every group, the index is per group: windows keep and lose other blocks than full attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIGEST_SIZE = 16  # bytes: 2^64 blocks before a collision is likely
 
 def root_digest(request: Request) -> bytes:
     """Parent of a request's first block."""
-    salts = (request.tenant.encode(), request.cache_salt.encode())
+    salts = (request.tenant.encode(), request.cache_salt.encode(), request.adapter.encode())
     state = hashlib.blake2b(digest_size=_DIGEST_SIZE)
     for salt in salts:
         state.update(len(salt).to_bytes(8, "little") + salt)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tgi_cli.engine.batch_builder import BatchBuilder, BuiltStep
 from tgi_cli.engine.kv_cache import KVCache
 from tgi_cli.engine.logprobs import PromptLogprobs
+from tgi_cli.engine.lora import AdapterRows
 from tgi_cli.engine.messages import Request, TokenLogprobs
 from tgi_cli.engine.rows import RowState, TokenHistory
 from tgi_cli.engine.sampler import Sampled, Sampler, num_accepted
@@ -76,6 +77,7 @@ class ModelRunner:
         max_len: most tokens of one sequence.
         block_size: tokens per block.
         grammars: what compiles grammars; without it requests that have one are refused.
+        adapters: names of those attached to the decoder, by slot.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ModelRunner:
         max_len: int,
         block_size: int,
         grammars: GrammarCompiler | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._decoder = decoder
         self._native = native = backend.plan(decoder, block_size)
@@ -104,9 +107,19 @@ class ModelRunner:
             backend.ops, max_rows, grammars, None if native is None else native.sampling
         )
         self._prompt_logprobs = PromptLogprobs(self._history, max_rows)
-        self._states: tuple[RowState, ...] = (self._history, self._sampler, self._prompt_logprobs)
+        adapter_rows = AdapterRows(adapters, max_rows)
+        self._states: tuple[RowState, ...] = (
+            self._history,
+            self._sampler,
+            self._prompt_logprobs,
+            adapter_rows,
+        )
         self._builder = BatchBuilder(
-            self._history, len(decoder.spec.kv_groups), block_size, backend.device
+            self._history,
+            len(decoder.spec.kv_groups),
+            block_size,
+            backend.device,
+            adapter_rows.slots if adapters else None,
         )
         self._block_size = block_size
         self._failed: dict[int, str] = {}  # rows that could not be prepared, by row

@@ -114,6 +114,24 @@ class Ops(Protocol):
         """
         ...
 
+    def lora_add(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, rows: Tensor
+    ) -> None:
+        """Add `scale * (x[rows] @ a.T) @ b` to `y[rows]`, in float32 and rounded once at the end.
+
+        The product of two thin matrices by which LoRA (Hu et al., 2021) changes a linear layer;
+        `b` is the transpose of what PEFT calls `lora_B`.
+
+        Args:
+            y: [T, m], may be a view; written.
+            x: [T, n].
+            a: [rank, n].
+            b: [rank, m].
+            scale: factor on the product.
+            rows: [r] int64, each once.
+        """
+        ...
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`silu(gate) * up` for gate_up [..., 2n] = gate then up; silu is rounded first."""
         ...

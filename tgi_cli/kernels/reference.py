@@ -22,6 +22,7 @@ __all__ = [
     "gumbel_noise",
     "gumbel_noise_at",
     "linear",
+    "lora_add",
     "paged_attention",
     "rms_norm",
     "rope_store",
@@ -45,6 +46,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `Ops.linear`."""
     return F.linear(x, weight, bias)
+
+
+def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, rows: Tensor) -> None:
+    """See `Ops.lora_add`."""
+    shrunk = x[rows].float() @ a.float().T * scale
+    y[rows] = (y[rows].float() + shrunk @ b.float()).to(y.dtype)
 
 
 def embed(token_ids: Tensor, table: Tensor, scale: float | None = None) -> Tensor:

@@ -61,7 +61,7 @@ class Attention:
         """[tokens, hidden_size] -> [tokens, hidden_size]; stores this step's keys and values."""
         spec = self.spec
         tables = batch.groups[self.group]
-        qkv = self.qkv.forward(x).view(len(x), -1, spec.head_dim)
+        qkv = self.qkv.forward(x, batch).view(len(x), -1, spec.head_dim)
         q, k, v = qkv.split_with_sizes(
             (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1
         )
@@ -81,7 +81,7 @@ class Attention:
             scale=spec.scale,
             window=spec.window,
         )
-        return self.output.forward(attended.flatten(1))
+        return self.output.forward(attended.flatten(1), batch)
 
 
 def load_attention(

@@ -34,3 +34,4 @@ class Batch:
     # The same lengths as Python numbers, so that nothing asks a device for them.
     query_lens: Sequence[int]
     key_lens: Sequence[int]
+    adapters: Sequence[int] = ()  # `adapter_slots`; empty where no sequence has an adapter

@@ -18,6 +18,7 @@ from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.model.embedding import AnyEmbedding, Head, load_embedding, load_head
 from tgi_cli.model.layer import Layer, load_layer
 from tgi_cli.model.loader import Loader
+from tgi_cli.model.lora import AdapterBank, attach
 from tgi_cli.model.norm import Norm
 from tgi_cli.model.rope import rope_table
 from tgi_cli.model.spec import DecoderSpec, RopeSpec
@@ -47,6 +48,7 @@ class Decoder:
         self.head = head
         self.vocabulary = vocabulary
         self.packer = packer  # what has packed its matrices
+        self.adapters: AdapterBank | None = None
 
     @classmethod
     def build(
@@ -104,6 +106,11 @@ class Decoder:
         if packer is not None:
             packer.finish()
         return cls(partition.local, built, embedding, norm, head, vocabulary, packer)
+
+    def attach(self, bank: AdapterBank) -> None:
+        """Serve adapters beside the model, once; before its matrices are repacked."""
+        attach(self.layers, bank)
+        self.adapters = bank
 
     def forward(self, batch: Batch, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run a batch: the normalized hidden states [num_tokens, hidden_size].

@@ -49,7 +49,7 @@ class PreNormLayer:
         x, residual = self.before_attention.add_forward(delta, residual)
         delta = self.attention.forward(x, batch, k_cache, v_cache)
         x, residual = self.before_feed.add_forward(delta, residual)
-        return self.mlp.forward(x), residual
+        return self.mlp.forward(x, batch), residual
 
 
 class SandwichLayer:
@@ -78,7 +78,7 @@ class SandwichLayer:
         x, residual = self.before_attention.add_forward(delta, residual)
         delta = self.after_attention.forward(self.attention.forward(x, batch, k_cache, v_cache))
         x, residual = self.before_feed.add_forward(delta, residual)
-        return self.after_feed.forward(self.mlp.forward(x)), residual
+        return self.after_feed.forward(self.mlp.forward(x, batch)), residual
 
 
 def load_layer(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tgi_cli.kernels.collective import Collective
 from tgi_cli.kernels.ops import Ops
+from tgi_cli.model.batch import Batch
 from tgi_cli.model.loader import Loader
 from tgi_cli.quantize.formats.base import Weight
 
@@ -24,8 +25,8 @@ class Linear:
         self.ops = ops
         self.weight = weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[tokens, in_features] -> [tokens, out_features]."""
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """[tokens, in_features] -> [tokens, out_features]; `batch` is what they are of."""
         return self.weight.matmul(x, self.ops)
 
 
@@ -36,8 +37,8 @@ class BiasedLinear(Linear):
         super().__init__(ops, weight)
         self.bias = bias  # [out_features]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[tokens, in_features] -> [tokens, out_features]."""
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """See `Linear.forward`."""
         return self.weight.matmul(x, self.ops).add_(self.bias)
 
 
@@ -62,9 +63,9 @@ class SummedLinear:
         """[out_features] on the rank that adds it."""
         return getattr(self.part, "bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """[tokens, its in_features] -> [tokens, out_features]."""
-        return self.collective.all_reduce(self.part.forward(x))
+        return self.collective.all_reduce(self.part.forward(x, batch))
 
 
 def load_summed_linear(

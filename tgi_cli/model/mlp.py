@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
+from tgi_cli.model.batch import Batch
 from tgi_cli.model.linear import Linear, SummedLinear, load_linear, load_summed_linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.spec import DenseSpec, TensorNames
@@ -37,6 +38,6 @@ class GatedMLP:
         down = load_summed_linear(loader, prefix + names.down, hidden_size, size, bias=spec.bias)
         return cls(loader.ops, spec, gate_up, down)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size]."""
-        return self.down.forward(self.activate(self.gate_up.forward(x)))
+        return self.down.forward(self.activate(self.gate_up.forward(x, batch)), batch)

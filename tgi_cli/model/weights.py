@@ -88,16 +88,20 @@ class SafetensorsSource:
     Every header is read and checked against its file's size when the source is made; tensor data
     is touched by `read` alone. What `read` gives, also of rows, may be a view of the file.
 
+    Args:
+        folder: where they are.
+        file: the name of the file where there is but one.
+
     Raises:
         CheckpointError: no weights, a file of the index is missing, truncated or corrupt, or lacks
             a tensor that the index promises.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, file: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._files: dict[str, _File] = {}  # by tensor name
         index = self.folder / INDEX_FILE
-        single = self.folder / SINGLE_FILE
+        single = self.folder / file
         if single.is_file():
             opened = _File(single)
             self._files = dict.fromkeys(opened.handle.keys(), opened)

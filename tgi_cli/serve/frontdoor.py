@@ -277,11 +277,12 @@ class FrontDoor:
         include_stop: bool = False,
         marks: Sequence[str] = (),
         grammar: Grammar | None = None,
+        adapter: str = "",
     ) -> list[Answer]:
         """Make `count` sequences for a prompt; nothing runs before their events are read.
 
         Child i samples with `child_seed(sampling.seed, i)`. `marks`: see `Answer`.
-        Every answer is a text of `grammar` if there is one.
+        Every answer is a text of `grammar` if there is one. `adapter`: see `Request`.
         """
         texts = self.texts
         sampling.validate(self.facts.vocab_size)
@@ -302,6 +303,7 @@ class FrontDoor:
                     cache_salt=caller.cache_salt,
                     arrival=arrival,
                     grammar=grammar,
+                    adapter=adapter,
                 ),
                 self.client,
                 texts.tokenizer,

@@ -294,13 +294,15 @@ class Completion(Reply):
 
 
 class ModelInfo(Reply):
-    """A served model."""
+    """A served model, or an adapter of one: then `parent` is the model's id."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int | None
+    root: str
+    parent: str | None
 
 
 class ModelsInfo(Reply):
@@ -308,6 +310,17 @@ class ModelsInfo(Reply):
 
     object: Literal["list"]
     data: list[ModelInfo]
+
+
+class AdapterInfo(Reply):
+    """A LoRA adapter that is loaded."""
+
+    name: str
+    source: str
+    path: str
+    rank: int
+    base_model: str | None
+    bytes: int
 
 
 class RankInfo(Reply):
@@ -354,4 +367,5 @@ class Info(Reply):
     kv_cache_tokens: int
     http_workers: int
     num_shard: int
+    adapters: list[AdapterInfo]
     ranks: list[RankInfo]

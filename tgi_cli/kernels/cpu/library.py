@@ -174,6 +174,22 @@ class LayerProgram(ctypes.Structure):
     )
 
 
+class LoraPart(ctypes.Structure):
+    """What an adapter adds to some columns of a matrix's result."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("a", "b")),
+        *((name, _INT64) for name in ("rank", "columns", "first", "stride")),
+        ("scale", _FLOAT),
+    )
+
+
+class LoraParts(ctypes.Structure):
+    """All that one adapter adds to one matrix."""
+
+    _fields_ = (("parts", ctypes.POINTER(LoraPart)), ("count", _INT64))
+
+
 class Program(ctypes.Structure):
     """A whole decoder."""
 
@@ -185,6 +201,7 @@ class Program(ctypes.Structure):
         *((name, _FLOAT) for name in ("embedding_scale", "final_eps")),
         ("head", Matrix),
         ("ranks", _POINTER),
+        ("adapters", ctypes.POINTER(ctypes.POINTER(LoraParts))),
     )
 
 
@@ -211,6 +228,7 @@ class StepInput(ctypes.Structure):
         *((name, _INT64) for name in ("tokens", "seqs")),
         *((name, _POINTER) for name in ("logit_rows", "logits")),
         ("num_logits", _INT64),
+        *((name, _POINTER) for name in ("adapter_slots", "gated")),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_cli.kernels.cpu.adapters import AdapterTable
 from tgi_cli.kernels.cpu.library import (
     BLOCK,
     Context,
@@ -84,6 +85,9 @@ class NativeStep:
                 tables[id(table)] = self._keep(table.float())
             self._fill(self._layers[index], layer, part, group_of[index], tables[id(table)])
         self._program = self._ends(decoder)
+        self._adapters = None if decoder.adapters is None else AdapterTable(decoder)
+        if self._adapters is not None:
+            self._program.adapters = self._adapters.slots
         self._caches: Sequence[tuple[Tensor, Tensor]] = ()
         attention = [part.attention for part in spec.layers]
         self._query_width = max(a.num_heads * a.head_dim for a in attention)
@@ -159,6 +163,7 @@ class NativeStep:
             step.slots[index] = pointer(group.slot_mapping)
             step.block_tables[index] = pointer(group.block_tables)
             step.table_strides[index] = group.block_tables.stride(0)
+        step.adapter_slots = pointer(batch.adapter_slots) if batch.adapters else None
         step.tokens, step.seqs = tokens, len(batch.seq_lens)
         return step
 
@@ -263,6 +268,8 @@ class NativeStep:
             "attended": torch.empty((size, self._query_width), dtype=bf16),
             "activated": torch.empty((size, self._intermediate), dtype=bf16),
         }
+        if self._adapters is not None:
+            self._buffers["gated"] = torch.empty((size, 2 * self._intermediate))
         for name, buffer in self._buffers.items():
             setattr(self._step, name, pointer(buffer))
 

@@ -129,10 +129,10 @@ class _Tap(Linear):
         self.inner = inner
         self.show = show
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """See `Linear.forward`."""
         self.show(x)
-        return self.inner.forward(x)
+        return self.inner.forward(x, batch)
 
 
 class _RoundedLinear(Linear):
@@ -143,9 +143,9 @@ class _RoundedLinear(Linear):
         self.inner = inner
         self.rounding = rounding
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """See `Linear.forward`."""
-        return self.inner.forward(self.rounding(x))
+        return self.inner.forward(self.rounding(x), batch)
 
 
 class LayerWork:

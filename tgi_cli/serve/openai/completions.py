@@ -11,6 +11,7 @@ from aiohttp import web
 from tgi_cli.errors import InvalidRequest, TgiError
 from tgi_cli.grammar import Grammar
 from tgi_cli.serve.answer import Answer, TextEvent, complete_all
+from tgi_cli.serve.chosen_model import chosen_model
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frames import frames_of
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
@@ -25,7 +26,6 @@ from tgi_cli.serve.openai.replies import (
 )
 from tgi_cli.serve.openai.schema import (
     CompletionRequest,
-    check_model,
     check_reports,
     check_top,
     num_choices,
@@ -45,7 +45,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     given = split_prompts(body.prompt, door.config.max_client_batch_size)
     n, best_of = _counts(body, door.config.max_best_of)
     with door.admit(len(given) * best_of) as visit:
-        check_model(body.model, served.name, served.model_id)
+        chosen = chosen_model(door, served, body.model, body.adapter_id)
         refuse_unsupported(body)
         check_top("logprobs", body.logprobs, door.config.max_top_n_tokens)
         check_reports(body, door.config.max_top_n_tokens)
@@ -57,10 +57,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
             cache_salt=body.cache_salt,
         )
         grammar = await door.check_grammar(asked_grammar(body))
-        groups = [_answers(door, body, prompt, best_of, n, caller, grammar) for prompt in prompts]
+        groups = [
+            _answers(door, body, prompt, best_of, n, caller, grammar, chosen.adapter)
+            for prompt in prompts
+        ]
         answers = [answer for group in groups for answer in group]
         timing.validated()
-        reply = _CompletionReply(door, body, prompts, groups, served.name)
+        reply = _CompletionReply(door, body, prompts, groups, chosen.name)
         if not body.stream:
             await complete_all(answers)
             headers = timing.headers(door.facts, prompts, answers)
@@ -137,6 +140,7 @@ def _answers(
     n: int,
     caller: Caller,
     grammar: Grammar | None,
+    adapter: str,
 ) -> list[Answer]:
     asked = body.max_tokens
     if asked is not None and asked < (0 if body.echo else 1):
@@ -156,7 +160,9 @@ def _answers(
         logprobs=logprobs,
         prompt_logprobs=max((top for top in wanted if top is not None), default=None),
     )
-    return door.answers(prompt, sampling, caller=caller, count=best_of, grammar=grammar)
+    return door.answers(
+        prompt, sampling, caller=caller, count=best_of, grammar=grammar, adapter=adapter
+    )
 
 
 class _CompletionReply:

@@ -56,17 +56,18 @@ class Conversation:
         *,
         count: int,
         tenant: str,
+        adapter: str = "",
         tokens_field: str = "max_tokens",
     ) -> Conversation:
         """Check the fields, render and tokenize the messages, and make `count` answers.
 
-        `tokens_field` is what the client calls `max_tokens`.
+        `adapter` is the name of one, or empty; `tokens_field` is the client's name of `max_tokens`.
         Raises `InvalidRequest` or `TemplateFailed` for what cannot be answered.
         """
         refuse_unsupported(body)
         use = chat_tools(door, body)
         prompt = await render_chat(door, body, use)
-        answers = await _answers(door, body, prompt, count, tenant, use, tokens_field)
+        answers = await _answers(door, body, prompt, count, tenant, use, adapter, tokens_field)
         return cls(door, body, prompt, answers, use)
 
     def reader(self) -> MessageReader:
@@ -133,6 +134,7 @@ async def _answers(
     count: int,
     tenant: str,
     use: ToolUse,
+    adapter: str,
     tokens_field: str,
 ) -> list[Answer]:
     """Make the `count` answers to a rendered conversation; they run when they are read."""
@@ -162,7 +164,15 @@ async def _answers(
     marks = () if use.form is None else use.form.marks
     if door.texts.template.mentions(CLOSE):
         marks = (*marks, OPEN, CLOSE)
-    return door.answers(prompt, sampling, caller=caller, count=count, marks=marks, grammar=grammar)
+    return door.answers(
+        prompt,
+        sampling,
+        caller=caller,
+        count=count,
+        marks=marks,
+        grammar=grammar,
+        adapter=adapter,
+    )
 
 
 async def _grammar(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Grammar | None:

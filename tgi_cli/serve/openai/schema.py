@@ -11,14 +11,11 @@ from typing import Any
 import msgspec
 
 from tgi_cli.config import ServerConfig
-from tgi_cli.errors import InvalidRequest, ModelNotFound
+from tgi_cli.errors import InvalidRequest
 from tgi_cli.sampling import MAX_SEED, SamplingParams, Watermark
 from tgi_cli.serve.frontdoor import new_seed
 from tgi_cli.serve.openai.tools.declared import Tool
 from tgi_cli.serve.openai.tools.history import ToolCall, call_for_template, name_results
-
-#: Names that stand for "the one model there is": TGI's, and huggingface_hub's for a bare URL.
-PLACEHOLDERS = ("tgi", "dummy")
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -64,7 +61,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     structured_outputs: Any = None
     grammar: Any = None
     watermark: bool | None = None
-    adapter_id: Any = None  # a feature of a later issue: read so that it can be refused
+    adapter_id: str | None = None
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -125,8 +122,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
 def refuse_unsupported(body: SamplingFields) -> None:
     """Raise `InvalidRequest` for a feature that this server does not have yet."""
-    if body.adapter_id is not None:
-        raise unsupported("adapter_id")
     if isinstance(body, CompletionRequest) and body.suffix:
         raise InvalidRequest(
             "`suffix` is not supported: the model continues a text, it does not fill gaps",
@@ -157,17 +152,6 @@ def unsupported(field: str, instead: str | None = None) -> InvalidRequest:
     """The refusal of a feature still to come."""
     tail = f", {instead}" if instead else ""
     return InvalidRequest(f"`{field}` is not supported yet{tail}", param=field)
-
-
-def check_model(name: str | None, served: str, model_id: str) -> None:
-    """Accept no name, the usual placeholders, the served name and the model's id.
-
-    Raises `ModelNotFound` for any other.
-    """
-    if name not in (None, "", *PLACEHOLDERS, served, model_id):
-        raise ModelNotFound(
-            f"the model `{name}` does not exist here; this server has `{served}`", param="model"
-        )
 
 
 def chat_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:

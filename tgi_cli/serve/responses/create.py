@@ -8,11 +8,12 @@ from contextlib import ExitStack, aclosing
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest, TgiError
+from tgi_cli.serve.chosen_model import chosen_model
 from tgi_cli.serve.exchange import TENANT, ignore_fields, json_response, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor, Visit
 from tgi_cli.serve.keys import DOOR, METRICS, SERVED
 from tgi_cli.serve.openai.conversation import Conversation, chat_tools, render_chat
-from tgi_cli.serve.openai.schema import ChatMessage, check_model
+from tgi_cli.serve.openai.schema import ChatMessage
 from tgi_cli.serve.responses.background import Background
 from tgi_cli.serve.responses.run import ResponseRun, frame
 from tgi_cli.serve.responses.schema import InputTokensRequest, ResponsesRequest
@@ -35,7 +36,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     body = await read_struct(request, ResponsesRequest)
     with ExitStack() as held:
         visit = held.enter_context(door.admit(1))
-        check_model(body.model, served.name, served.model_id)
+        chosen = chosen_model(door, served, body.model)
         stored = _stored(door, body)
         if body.max_output_tokens is not None and body.max_output_tokens < 1:
             raise InvalidRequest(
@@ -46,14 +47,19 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         asked, ignored = generation(body, earlier, door.texts.template)
         ignore_fields(request, ignored)
         chat = await Conversation.begin(
-            door, asked, count=1, tenant=request[TENANT], tokens_field="max_output_tokens"
+            door,
+            asked,
+            count=1,
+            tenant=request[TENANT],
+            adapter=chosen.adapter,
+            tokens_field="max_output_tokens",
         )
         timing.validated()
         run = ResponseRun(
             body,
             chat,
             door.texts.tokenizer,
-            model=served.name,
+            model=chosen.name,
             stored=stored,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         )
@@ -90,7 +96,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     """Answer how many tokens the prompt of such a request has."""
     door, served = request.app[DOOR], request.app[SERVED]
     body = await read_struct(request, InputTokensRequest)
-    check_model(body.model, served.name, served.model_id)
+    chosen_model(door, served, body.model)
     asked, ignored = conversation(body, _earlier(request, body), door.texts.template)
     ignore_fields(request, ignored)
     prompt = await render_chat(door, asked, chat_tools(door, asked))

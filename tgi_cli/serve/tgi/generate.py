@@ -12,11 +12,12 @@ from aiohttp import web
 from tgi_cli.engine.messages import TokenLogprobs
 from tgi_cli.errors import TgiError
 from tgi_cli.serve.answer import Answer, TextEvent, complete_all
+from tgi_cli.serve.chosen_model import chosen_model
 from tgi_cli.serve.exchange import TENANT, json_response, read_struct
 from tgi_cli.serve.frames import frames_of
 from tgi_cli.serve.frontdoor import Caller, FrontDoor, Prompt
 from tgi_cli.serve.grammars import AskedGrammar, tagged_grammar
-from tgi_cli.serve.keys import DOOR
+from tgi_cli.serve.keys import DOOR, SERVED, Served
 from tgi_cli.serve.sse import Outlet, send_frames
 from tgi_cli.serve.surfaces import TGI
 from tgi_cli.serve.tgi.schema import (
@@ -63,7 +64,9 @@ async def _respond(
     given = body.effective
     full_text = compat if given.return_full_text is None else given.return_full_text
     with door.admit(max(1, given.best_of or 1)) as visit:
-        prompt, answers = await native_answers(door, body, request[TENANT], stream=stream)
+        prompt, answers = await native_answers(
+            door, request.app[SERVED], body, request[TENANT], stream=stream
+        )
         timing.validated()
         reply = _NativeReply(door, given, prompt, prompt.text if full_text else "")
         if not stream:
@@ -88,12 +91,13 @@ async def _respond(
 
 
 async def native_answers(
-    door: FrontDoor, body: GenerateRequest, tenant: str, *, stream: bool
+    door: FrontDoor, served: Served, body: GenerateRequest, tenant: str, *, stream: bool
 ) -> tuple[Prompt, list[Answer]]:
     """Check and tokenize one native request; its `best_of` answers run when they are read."""
     given = body.effective
     check(given, door.config, stream=stream)
     check_truncate(given.truncate, door.limits.max_input_tokens)
+    adapter = chosen_model(door, served, None, given.adapter_id).adapter
     prompt = await door.encode(body.inputs, field="inputs", truncate=given.truncate)
     sampling = sampling_params(
         given,
@@ -112,6 +116,7 @@ async def native_answers(
         count=given.best_of or 1,
         include_stop=True,
         grammar=grammar,
+        adapter=adapter,
     )
     return prompt, answers
 

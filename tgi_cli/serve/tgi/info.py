@@ -49,6 +49,7 @@ async def info(request: web.Request) -> web.Response:
         "kv_cache_tokens": facts.kv_cache_tokens,
         "http_workers": config.http_workers,
         "num_shard": len(facts.ranks) or 1,
+        "adapters": [msgspec.to_builtins(adapter) for adapter in facts.adapters],
         "ranks": [msgspec.to_builtins(rank) for rank in facts.ranks],
     }
     return json_response(body)

@@ -37,7 +37,7 @@ class Parameters(msgspec.Struct, kw_only=True):
     top_n_tokens: int | None = None
     grammar: Any = None
     watermark: bool = False
-    adapter_id: Any = None  # a feature of a later issue: read so that it can be refused
+    adapter_id: str | None = None
 
     @property
     def samples(self) -> bool:
@@ -106,8 +106,6 @@ def check(given: Parameters, config: ServerConfig, *, stream: bool) -> None:
             "`decoder_input_details` == true is not supported when streaming tokens",
             param="decoder_input_details",
         )
-    if given.adapter_id is not None:
-        raise InvalidRequest("`adapter_id` is not supported yet", param="adapter_id")
 
 
 def _check_best_of(given: Parameters, limit: int, *, stream: bool) -> None:

@@ -8,11 +8,12 @@ import msgspec
 from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest
+from tgi_cli.serve.chosen_model import chosen_model
 from tgi_cli.serve.exchange import json_response, read_json, read_struct
 from tgi_cli.serve.frontdoor import FrontDoor
 from tgi_cli.serve.keys import DOOR, SERVED
 from tgi_cli.serve.openai.conversation import chat_tools, render_chat
-from tgi_cli.serve.openai.schema import ChatRequest, check_model, refuse_unsupported
+from tgi_cli.serve.openai.schema import ChatRequest, refuse_unsupported
 from tgi_cli.serve.openai.tokenize import (
     TokenizeChatRequest,
     TokenizePromptRequest,
@@ -72,8 +73,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 def _check_model(request: web.Request, name: str | None) -> None:
-    served = request.app[SERVED]
-    check_model(name, served.name, served.model_id)
+    chosen_model(request.app[DOOR], request.app[SERVED], name)
 
 
 async def _tokens(door: FrontDoor, text: str, *, add_special_tokens: bool) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from tgi_cli.errors import InvalidRequest
 from tgi_cli.serve.answer import Answer, complete_all
+from tgi_cli.serve.chosen_model import chosen_model
 from tgi_cli.serve.exchange import (
     TENANT,
     ignore_fields,
@@ -25,7 +26,7 @@ from tgi_cli.serve.exchange import (
 from tgi_cli.serve.frontdoor import FrontDoor, Prompt
 from tgi_cli.serve.keys import DOOR, SERVED, Served
 from tgi_cli.serve.openai.conversation import Conversation
-from tgi_cli.serve.openai.schema import ChatRequest, check_model, num_choices
+from tgi_cli.serve.openai.schema import ChatRequest, num_choices
 from tgi_cli.serve.tgi.generate import native_answers
 from tgi_cli.serve.tgi.schema import GenerateRequest
 from tgi_cli.serve.timing import Timing
@@ -97,7 +98,7 @@ async def _answers(
     door: FrontDoor, served: Served, instance: GenerateRequest | ChatRequest, tenant: str
 ) -> tuple[Prompt, list[Answer]]:
     if isinstance(instance, GenerateRequest):
-        return await native_answers(door, instance, tenant, stream=False)
-    check_model(instance.model, served.name, served.model_id)
-    chat = await Conversation.begin(door, instance, count=1, tenant=tenant)
+        return await native_answers(door, served, instance, tenant, stream=False)
+    chosen = chosen_model(door, served, instance.model, instance.adapter_id)
+    chat = await Conversation.begin(door, instance, count=1, tenant=tenant, adapter=chosen.adapter)
     return chat.prompt, chat.answers

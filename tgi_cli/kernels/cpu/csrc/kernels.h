@@ -73,6 +73,39 @@ struct PackGrouped {
   const void* minima;   // null where the form has none
 };
 
+// What an adapter adds to some columns of a matrix's result: scale * (x @ a.T) @ b. Sixteen columns lie
+// together, the next sixteen `stride` further on.
+struct LoraPart {
+  const uint16_t* a;        // bf16 [rank, k]
+  const uint16_t* b;        // bf16 [rank, columns]
+  int64_t rank, columns;    // columns is a multiple of 16
+  int64_t first, stride;    // the first column's place in the result; 16 but for interleaved matrices
+  float scale;
+};
+
+struct LoraParts {
+  const LoraPart* parts;
+  int64_t count;
+};
+
+// Adds what the adapters of `rows` say to rows of `out`; see lora.inc.h.
+struct Lora {
+  const uint16_t* x;                  // bf16 [m, k], k a multiple of 16
+  float* out;                         // [m, ldo]
+  const int64_t* rows;                // [count], those that have an adapter
+  const int32_t* slots;               // [m], the adapter of each row
+  const LoraParts* const* adapters;   // by slot, then by matrix of the model
+  int64_t count, k, ldo, index;       // index of the matrix
+};
+
+// act(gate) * up for rows that alternate 16 gate, 16 up.
+struct Activate {
+  const float* x;  // [rows, 2 * n]
+  uint16_t* out;   // bf16 [rows, n]
+  int64_t rows, n;
+  int32_t activation;  // Epilogue::kSiluMul or kGeluTanhMul
+};
+
 struct RmsNorm {
   const float* x;       // [rows, ldx]
   const float* weight;  // [dim], any offset already added
@@ -157,6 +190,8 @@ struct Kernels {
   void (*embed)(Pool&, const Embed&);
   void (*sample)(Pool&, const Sampling&);
   void (*probe)(Pool&, const Probe&);
+  void (*lora)(Pool&, const Lora&);
+  void (*activate)(Pool&, const Activate&);
 };
 
 // One for each variant_*.cpp: null where this CPU cannot run it.

@@ -14,6 +14,31 @@ struct Runner {
   const StepInput& step;
   int64_t rows;  // of the residual stream: all tokens, in the end those whose logits are wanted
   bool lost = false;  // another rank is gone: the rest of the step is not worth computing
+  std::vector<int32_t> slots;    // the adapter of each row, where any row has one
+  std::vector<int64_t> adapted;  // rows that have one
+
+  void find_adapters() {
+    if (step.adapter_slots == nullptr) return;
+    slots.resize(static_cast<size_t>(step.tokens));
+    for (int64_t s = 0; s < step.seqs; ++s)
+      std::fill(slots.begin() + step.query_start[s], slots.begin() + step.query_start[s + 1], step.adapter_slots[s]);
+    list_adapted();
+  }
+
+  void list_adapted() {
+    adapted.clear();
+    for (int64_t row = 0; row < rows; ++row)
+      if (slots[static_cast<size_t>(row)] > 0) adapted.push_back(row);
+  }
+
+  // Adds to `out`, which has x @ w.T, what the adapters of some rows add to it.
+  void adapt(const LayerProgram& l, LoraTarget target, const uint16_t* x, const Matrix& w, float* out,
+             int64_t ldo) const {
+    if (adapted.empty()) return;
+    const int64_t index = (&l - program.layers) * 4 + static_cast<int64_t>(target);
+    kernels.lora(pool, {x, out, adapted.data(), slots.data(), program.adapters,
+                        static_cast<int64_t>(adapted.size()), w.k, ldo, index});
+  }
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
     kernels.rms_norm(pool, {x, weight, out, rows, program.hidden, program.hidden, eps, out_float});
@@ -25,30 +50,31 @@ struct Runner {
   }
 
   // The sum over all ranks of x @ w.T + bias, stored or added; `bias` is null on all but one.
-  void all_reduced(const uint16_t* x, const Matrix& w, const float* bias, float* into, bool add) {
+  void all_reduced(const LayerProgram& l, LoraTarget target, const uint16_t* x, const Matrix& w, const float* bias,
+                   float* into, bool add) {
     const Ranks& ranks = *program.ranks;
     const int64_t size = rows * program.hidden;
     float* part = ranks.staging(ranks.self, size);
     if (part == nullptr) part = step.wide;
     gemm(x, w, bias, part, program.hidden, Epilogue::kStoreFloat);
+    adapt(l, target, x, w, part, program.hidden);
     lost = lost || ranks.all_reduce(ranks.self, &pool, part, into, size, add) != 0;
   }
 
   // The residual stream takes what a part gives, directly or through a norm of its own.
-  void into_residual(const uint16_t* x, const Matrix& w, const float* bias, const float* after, float eps) {
+  void into_residual(const LayerProgram& l, LoraTarget target, const uint16_t* x, const Matrix& w,
+                     const float* bias, const float* after) {
     const int64_t hidden = program.hidden;
-    if (after == nullptr) {
-      if (program.ranks != nullptr)
-        all_reduced(x, w, bias, step.residual, true);
-      else
-        gemm(x, w, bias, step.residual, hidden, Epilogue::kAddFloat);
-      return;
+    const bool add = after == nullptr;
+    float* into = add ? step.residual : step.wide;
+    if (program.ranks != nullptr) {
+      all_reduced(l, target, x, w, bias, into, add);
+    } else {
+      gemm(x, w, bias, into, hidden, add ? Epilogue::kAddFloat : Epilogue::kStoreFloat);
+      adapt(l, target, x, w, into, hidden);
     }
-    if (program.ranks != nullptr)
-      all_reduced(x, w, bias, step.wide, false);
-    else
-      gemm(x, w, bias, step.wide, hidden, Epilogue::kStoreFloat);
-    norm(step.wide, after, eps, step.wide, true);
+    if (add) return;
+    norm(step.wide, after, l.eps, step.wide, true);
     constexpr int64_t kRows = 16;
     pool.parallel((rows + kRows - 1) / kRows, [&](int64_t item, int) {
       const int64_t end = ((item + 1) * kRows < rows ? (item + 1) * kRows : rows) * hidden;
@@ -67,6 +93,10 @@ struct Runner {
                   static_cast<size_t>(width) * sizeof(uint16_t));
     }
     rows = step.num_logits;
+    if (adapted.empty()) return;
+    for (int64_t i = 0; i < rows; ++i)
+      slots[static_cast<size_t>(i)] = slots[static_cast<size_t>(step.logit_rows[i])];
+    list_adapted();
   }
 
   // Every rank looks up the tokens it has rows for; the others' rows come as zeros and change no bit.
@@ -93,6 +123,7 @@ struct Runner {
   void layer(const LayerProgram& l, bool last) {
     norm(step.residual, l.attention_norm, l.eps, step.narrow, false);
     gemm(step.narrow, l.qkv, l.qkv_bias, step.wide, l.qkv.n, Epilogue::kStoreFloat);
+    adapt(l, LoraTarget::kQkv, step.narrow, l.qkv, step.wide, l.qkv.n);
     kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
                               step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
                               l.head_dim, l.rotary_dim, l.qk_eps});
@@ -102,11 +133,17 @@ struct Runner {
                              step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
                              l.kv_heads, l.head_dim, l.window, l.scale, 0.0f});
     if (last && step.logit_rows != nullptr) keep_logit_rows(l.heads * l.head_dim);
-    into_residual(step.attended, l.output, l.output_bias, l.after_attention_norm, l.eps);
+    into_residual(l, LoraTarget::kOutput, step.attended, l.output, l.output_bias, l.after_attention_norm);
     norm(step.residual, l.feed_norm, l.eps, step.narrow, false);
-    gemm(step.narrow, l.gate_up, l.gate_up_bias, step.activated, l.intermediate,
-         static_cast<Epilogue>(l.activation));
-    into_residual(step.activated, l.down, l.down_bias, l.after_feed_norm, l.eps);
+    if (adapted.empty()) {
+      gemm(step.narrow, l.gate_up, l.gate_up_bias, step.activated, l.intermediate,
+           static_cast<Epilogue>(l.activation));
+    } else {
+      gemm(step.narrow, l.gate_up, l.gate_up_bias, step.gated, l.gate_up.n, Epilogue::kStoreFloat);
+      adapt(l, LoraTarget::kGateUp, step.narrow, l.gate_up, step.gated, l.gate_up.n);
+      kernels.activate(pool, {step.gated, step.activated, rows, l.intermediate, l.activation});
+    }
+    into_residual(l, LoraTarget::kDown, step.activated, l.down, l.down_bias, l.after_feed_norm);
   }
 };
 
@@ -114,6 +151,7 @@ struct Runner {
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
   Runner runner{pool, kernels, program, step, step.tokens};
+  runner.find_adapters();
   runner.embed();
   for (int64_t i = 0; i < program.num_layers && !runner.lost; ++i)
     runner.layer(program.layers[i], i + 1 == program.num_layers);

@@ -33,6 +33,9 @@ struct LayerProgram {
   int32_t activation;                // Epilogue::kSiluMul or kGeluTanhMul
 };
 
+// The matrices of a layer that an adapter may add to; four a layer, in this order.
+enum class LoraTarget : int64_t { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3 };
+
 struct Program {
   const LayerProgram* layers;
   Matrix table;                      // see Embed
@@ -41,6 +44,7 @@ struct Program {
   float embedding_scale, final_eps;
   Matrix head;                       // [vocab, hidden]
   const Ranks* ranks;                // null where one process holds the whole model
+  const LoraParts* const* adapters;  // by slot (the first is not read), then 4 * layer + LoraTarget
 };
 
 struct StepInput {
@@ -62,6 +66,8 @@ struct StepInput {
   const int64_t* logit_rows;         // [num_logits], ascending token rows; null: `hidden` of all rows
   float* logits;                     // out [num_logits, vocab] with `logit_rows`
   int64_t num_logits;
+  const int32_t* adapter_slots;      // [seqs], 0: none; null where no sequence has an adapter
+  float* gated;                      // workspace [tokens, 2 * max intermediate], with `adapter_slots` alone
 };
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step);

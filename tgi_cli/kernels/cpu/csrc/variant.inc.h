@@ -14,7 +14,9 @@ namespace tgi::TGI_NS {
 #include "attention.inc.h"
 #include "sampling.inc.h"
 #include "probe.inc.h"
+#include "lora.inc.h"
 
 constexpr Kernels kTable = {TGI_TEXT(TGI_NS), pack,  pack_grouped, gemm,  rms_norm,
-                            rope_store,       attention, embed,    sample, probe};
+                            rope_store,       attention, embed,    sample, probe,
+                            lora,             activate};
 }  // namespace tgi::TGI_NS
