@@ -139,6 +139,8 @@ def test_every_working_setting_arrives_in_its_fields(setting: Any, tmp_path: Pat
         if section not in ("server", "engine"):
             owner = getattr(owner, section)
         value = getattr(owner, name)
+        if setting.name == "lora_adapters":  # parsed already
+            value = tuple(adapter.name for adapter in value)
         shown = {True: "true", False: "false"}.get(value, value) if type(value) is bool else value
         assert str(shown) in (text, f"('{text}',)")
         default = LaunchConfig(
