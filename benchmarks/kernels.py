@@ -11,6 +11,7 @@ memory as in a model. Minima of several runs, all measured in turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from rich.table import Table
 from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.library import Attention, Context, Gemm, Probe, pointer
 from tgi_cli.kernels.cpu.packed import PackedWeight
+from tgi_cli.kernels.cpu.program import KV_FORMS
 from tgi_cli.kernels.grouped import INT4, INT8, Grouped, GroupScheme, wide
+from tgi_cli.kernels.kv_rows import KV_DTYPES, row_width
 
 ROWS = (1, 8, 32, 512)
 LAYERS = 24
@@ -129,23 +132,27 @@ def products(context: Context, console: Console, shapes: dict[str, tuple[int, in
 
 
 def attention(context: Context, console: Console, heads: int, kv_heads: int, dim: int) -> None:
-    """Decode at several contexts, and a prefill."""
+    """Decode at several contexts, and a prefill, in several forms of the cache.
+
+    Every byte of the caches is 0x3c, which is an ordinary number in all of them.
+    """
     peaks = measured_peaks(context)
     table = Table(title=f"attention, {heads} heads, {kv_heads} of keys, {dim} wide")
     for column in (
         "work",
+        "cache",
         "microseconds",
         "GB/s of keys and values",
         "GFLOP/s",
         "share of the bound",
     ):
         table.add_column(column, justify="right")
-    for seqs, queries, length in ((1, 1, 2048), (8, 1, 512), (32, 1, 256), (1, 2048, 2048)):
-        blocks = -(-length // 16)
-        caches = [
-            [torch.randn(seqs * blocks + 1, 16, kv_heads, dim).bfloat16() for _ in range(2)]
-            for _ in range(8)
-        ]
+    shapes = ((1, 1, 2048), (8, 1, 512), (32, 1, 256), (32, 1, 1024), (1, 2048, 2048))
+    for (seqs, queries, length), name in itertools.product(shapes, KV_DTYPES):
+        blocks, dtype = -(-length // 16), KV_DTYPES[name]
+        width = row_width(dim, dtype) * dtype.itemsize
+        shape = (seqs * blocks + 1, 16, kv_heads, width)
+        caches = [[torch.full(shape, 0x3C, dtype=torch.uint8) for _ in range(2)] for _ in range(8)]
         q = torch.randn(seqs * queries, heads, dim).bfloat16()
         out = torch.empty_like(q)
         tables = torch.arange(1, seqs * blocks + 1, dtype=torch.int32).view(seqs, -1)
@@ -154,16 +161,17 @@ def attention(context: Context, console: Console, heads: int, kv_heads: int, dim
         calls = [
             Attention(
                 *map(pointer, (q, keys, values, tables, lens, starts, out)),
-                seqs, blocks, heads, kv_heads, dim, 0, dim**-0.5, 0.0,
+                seqs, blocks, heads, kv_heads, dim, 0, dim**-0.5, 0.0, KV_FORMS[dtype],
             )
             for keys, values in caches
         ]  # fmt: skip
         spent = shortest(lambda calls=calls: [context.call("attention", c) for c in calls]) / 8
-        read = 4 * seqs * length * kv_heads * dim
+        read = 2 * seqs * length * kv_heads * width
         work = sum(4 * seqs * heads * dim * (length - queries + 1 + i) for i in range(queries))
         bound = max(read / peaks.read, work / peaks.bf16)
         table.add_row(
-            f"{seqs} x {queries} of {length}", f"{spent * 1e6:.0f}", f"{read / spent / 1e9:.1f}",
+            f"{seqs} x {queries} of {length}", name,
+            f"{spent * 1e6:.0f}", f"{read / spent / 1e9:.1f}",
             f"{work / spent / 1e9:.0f}", f"{bound / spent:.0%}",
         )  # fmt: skip
     console.print(table)

@@ -39,7 +39,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The paged KV cache. `kv_cache_tokens` None sizes it from free memory."""
 
     block_size: int = 16
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # auto | a name in kernels.kv_rows
     kv_cache_tokens: int | None = None
     memory_fraction: float = 0.5  # of free memory, when sized automatically
     prefix_caching: bool = True

@@ -76,6 +76,8 @@ class LLM:
         max_model_len: most tokens of a prompt and its answer; the model's own limit if None.
         max_num_seqs: prompts that run at once; the others wait.
         max_batch_tokens: tokens computed in one step.
+        kv_cache_dtype: number type of the KV cache: auto (the model's), bfloat16, float16, float32,
+            int8, fp8_e4m3 or fp8_e5m2.
         kv_cache_tokens: size of the KV cache; None takes it from free memory.
         prefix_caching: whether equal beginnings of prompts are computed once.
         num_threads: threads of the computation; all usable cores if None.
@@ -102,6 +104,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_batch_tokens: int = 512,
+        kv_cache_dtype: str = "auto",
         kv_cache_tokens: int | None = None,
         prefix_caching: bool = True,
         num_threads: int | None = None,
@@ -121,7 +124,11 @@ class LLM:
                 token=token,
                 cache_dir=cache_dir,
             ),
-            cache=CacheConfig(kv_cache_tokens=kv_cache_tokens, prefix_caching=prefix_caching),
+            cache=CacheConfig(
+                kv_cache_dtype=kv_cache_dtype,
+                kv_cache_tokens=kv_cache_tokens,
+                prefix_caching=prefix_caching,
+            ),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
             parallel=ParallelConfig(num_threads=num_threads),
             lora=AdapterConfig(adapters=parse_adapters(adapters, flag="adapters")),

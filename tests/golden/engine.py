@@ -31,6 +31,7 @@ def make_core(
     activation_dtype: str = "auto",
     quantize: str | None = None,
     max_model_len: int | None = 256,
+    kv_cache_dtype: str = "auto",
     kv_cache_tokens: int | None = 2048,
     block_size: int = 4,
     max_num_seqs: int = 8,
@@ -49,7 +50,10 @@ def make_core(
             max_model_len=max_model_len,
         ),
         cache=CacheConfig(
-            block_size=block_size, kv_cache_tokens=kv_cache_tokens, prefix_caching=prefix_caching
+            block_size=block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_tokens=kv_cache_tokens,
+            prefix_caching=prefix_caching,
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
         parallel=ParallelConfig(num_shard=num_shard),

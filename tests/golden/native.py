@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Stepped:
 
 @contextmanager
 def native(
-    checkpoint: Checkpoint, *, variant: str | None = None, threads: int = 2, **options: int
+    checkpoint: Checkpoint, *, variant: str | None = None, threads: int = 2, **options: Any
 ) -> Iterator[Paged]:
     """The driver of a native program of `checkpoint`, in the best variant or the given one."""
     loaded = library.load()

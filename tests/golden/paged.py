@@ -7,6 +7,7 @@ by the null block and poisoned again: reading one wrong slot shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ class Paged:
         max_len: int = 64,
         block_size: int = 4,
         seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder = decoder
         self._options = (backend, dtype)
+        self._kv_dtype = kv_dtype or dtype
         self.block_size = block_size
         self.groups = decoder.spec.kv_groups
         self.computed = [0] * num_seqs
@@ -51,17 +54,16 @@ class Paged:
                 block_size,
                 layer.attention.num_kv_heads,
                 layer.attention.head_dim,
-                dtype,
+                self._kv_dtype,
             )
             for layer in decoder.spec.layers
         ]
-        for k_cache, v_cache in self.caches:
-            k_cache.fill_(torch.nan)
-            v_cache.fill_(torch.nan)
+        for cache in (cache for pair in self.caches for cache in pair):
+            poison(cache)
 
     def afresh(self, **options: int) -> Paged:
         """The same decoder over an empty cache."""
-        return Paged(self.decoder, *self._options, **options)
+        return Paged(self.decoder, *self._options, kv_dtype=self._kv_dtype, **options)
 
     def step(self, rows: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
         """Append tokens to sequences; logits [tokens, vocab] of each row, in float32."""
@@ -114,12 +116,17 @@ class Paged:
             behind = max(0, start - group.window + 1) // self.block_size
             for block in table[seq, :behind].tolist():
                 for layer in group.layers if block else ():
-                    self.caches[layer][0][block] = torch.nan
-                    self.caches[layer][1][block] = torch.nan
+                    for cache in self.caches[layer]:
+                        poison(cache[block])
             table[seq, :behind] = 0
 
 
-def paged(path: object, dtype: torch.dtype = torch.float32, **options: int) -> Paged:
+def poison(cache: Tensor) -> None:
+    """Set every byte, which is NaN in all floats, scales of 8-bit rows included."""
+    cache.view(torch.uint8).fill_(0xFF)
+
+
+def paged(path: object, dtype: torch.dtype = torch.float32, **options: Any) -> Paged:
     """Build the checkpoint at `path` on the CPU and wrap it."""
     backend = select("cpu")
     decoder = Decoder.build(open_checkpoint(str(path)), backend, dtype)

@@ -61,9 +61,9 @@ def outcome(core: EngineCore, chosen: list[Request], **options: Any) -> dict[str
     }
 
 
-def check_promise(path: Path, vocab_size: int) -> None:
+def check_promise(path: Path, vocab_size: int, **fixed: Any) -> None:
     def core(**options: Any) -> EngineCore:
-        return make_core(path, dtype="bfloat16", block_size=16, **options)
+        return make_core(path, dtype="bfloat16", block_size=16, **fixed, **options)
 
     def asked() -> list[Request]:
         return requests(vocab_size)
@@ -90,6 +90,24 @@ def check_promise(path: Path, vocab_size: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_request_one_answer(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
     check_promise(tiny_checkpoint(family, dtype=torch.bfloat16), 500)
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_cache_dtype"),
+    [
+        ("llama", "int8"),
+        ("gemma3", "int8"),
+        ("qwen3", "fp8_e4m3"),
+        ("mistral", "fp8_e5m2"),
+        ("llama", "float16"),
+        ("qwen2", "float32"),
+    ],
+)
+def test_every_form_of_the_kv_cache_too(
+    family: str, kv_cache_dtype: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    path = tiny_checkpoint(family, dtype=torch.bfloat16)
+    check_promise(path, 500, kv_cache_dtype=kv_cache_dtype)
 
 
 @pytest.mark.parametrize(

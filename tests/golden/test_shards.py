@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,16 +45,21 @@ def test_float32_tokens_and_prompt_logprobs_equal_one_process(
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("quantized", "kv_cache_dtype"), [(False, "int8"), (True, "auto")])
 def test_one_request_one_answer_on_two_ranks(
-    quantized: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    quantized: bool, kv_cache_dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     vocab_size = 96 if quantized else 500
     if quantized:
         path = write_model(tmp_path / "model.gguf", tiny_model("qwen3"), Type.Q4_0)
     else:
         path = tiny_checkpoint("gemma3", dtype=torch.bfloat16)
-    options = {"dtype": "bfloat16", "block_size": 16, "num_shard": 2}
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "block_size": 16,
+        "num_shard": 2,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
     lonely = make_core(path, prefix_caching=False, **options)
     try:
         assert lonely.facts.deterministic

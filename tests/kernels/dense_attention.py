@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tgi_cli.kernels.kv_rows import decode, encode, row_width
+
 
 @dataclass
 class Case:
@@ -42,8 +44,13 @@ def make_case(
     dtype: torch.dtype,
     window: int | None = None,
     seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> Case:
-    """`lens` has (queries, keys) of each sequence. Unused slots and block 0 hold NaN."""
+    """`lens` has (queries, keys) of each sequence. Unused slots and block 0 hold NaN.
+
+    `keys` and `values` are what reads back from a cache of `kv_dtype`, which is `dtype` if None.
+    """
+    kv_dtype = kv_dtype or dtype
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -52,19 +59,18 @@ def make_case(
     columns = max(-(-keys // block_size) for _, keys in lens) + 2
     num_blocks = len(lens) * columns + 1
     tables = (torch.randperm(num_blocks - 1, generator=generator) + 1).view(len(lens), columns)
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    k_cache, v_cache = (
-        torch.full(shape, torch.nan).to(dtype),
-        torch.full(shape, torch.nan).to(dtype),
-    )
+    shape = (num_blocks, block_size, num_kv_heads, row_width(head_dim, kv_dtype))
+    k_cache, v_cache = (torch.empty(shape, dtype=kv_dtype) for _ in range(2))
+    for cache in (k_cache, v_cache):
+        cache.view(torch.uint8).fill_(0xFF)
     keys, values = [], []
     for table, (num_queries, num_keys) in zip(tables, lens, strict=True):
-        keys.append(normal(num_keys, num_kv_heads, head_dim))
-        values.append(normal(num_keys, num_kv_heads, head_dim))
-        for position in range(num_keys):
-            block, offset = table[position // block_size], position % block_size
-            k_cache[block, offset] = keys[-1][position]
-            v_cache[block, offset] = values[-1][position]
+        for cache, parts in ((k_cache, keys), (v_cache, values)):
+            rows = encode(normal(num_keys, num_kv_heads, head_dim), kv_dtype)
+            parts.append(decode(rows, head_dim))
+            for position in range(num_keys):
+                block, offset = table[position // block_size], position % block_size
+                cache[block, offset] = rows[position]
         table[-(-num_keys // block_size) :] = 0
         if window is not None:
             table[: max(0, num_keys - num_queries - window + 1) // block_size] = 0
@@ -87,6 +93,7 @@ def dense_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """What `Ops.paged_attention` says, without a page in sight: [T, H, D] float64."""
     out = torch.zeros(case.q.shape, dtype=torch.float64)
@@ -102,6 +109,8 @@ def dense_attention(
                 scores = keys @ case.q[row, head].double() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
+                if slopes is not None:
+                    scores += slopes[head].double() * (torch.arange(first, position + 1) - position)
                 weights = [math.exp(score) for score in scores.tolist()]
                 total = sum(weights) + (0.0 if sinks is None else math.exp(float(sinks[head])))
                 out[row, head] = torch.tensor(weights, dtype=torch.float64) / total @ values

@@ -21,6 +21,7 @@ from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.packed import FORMS, PackedWeight
 from tgi_cli.kernels.cpu.program import NativeStep
 from tgi_cli.kernels.grouped import wide
+from tgi_cli.kernels.kv_rows import KV_DTYPES
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 
@@ -55,22 +56,24 @@ def matrices(context: library.Context) -> None:
 
 
 def steps(context: library.Context, path: str) -> None:
-    """Prompts, chunks and decodes of a whole decoder, alone and mixed."""
+    """Prompts, chunks and decodes of a whole decoder, mixed, in every form of the cache."""
     backend = select("cpu")
     decoder = Decoder.build(open_checkpoint(path), backend, torch.bfloat16)
     stepped = Stepped(NativeStep(context, decoder), decoder)
-    driver = Paged(
-        stepped,  # type: ignore[arg-type]
-        backend,
-        torch.bfloat16,
-        num_seqs=4,
-        max_len=96,
-        block_size=16,
-    )
-    prompt = list(range(3, 99))
-    driver.step([(0, prompt[:37]), (1, prompt[:1]), (2, prompt[:16])])
-    driver.step([(2, prompt[16:17]), (0, prompt[37:75]), (1, prompt[1:2]), (3, prompt[:95])])
-    driver.step([(0, prompt[75:76]), (1, prompt[2:18]), (3, prompt[95:96])])
+    for dtype in KV_DTYPES.values():
+        driver = Paged(
+            stepped,  # type: ignore[arg-type]
+            backend,
+            torch.bfloat16,
+            num_seqs=4,
+            max_len=96,
+            block_size=16,
+            kv_dtype=dtype,
+        )
+        prompt = list(range(3, 99))
+        driver.step([(0, prompt[:37]), (1, prompt[:1]), (2, prompt[:16])])
+        driver.step([(2, prompt[16:17]), (0, prompt[37:75]), (1, prompt[1:2]), (3, prompt[:95])])
+        driver.step([(0, prompt[75:76]), (1, prompt[2:18]), (3, prompt[95:96])])
 
 
 def samples(context: library.Context) -> None:

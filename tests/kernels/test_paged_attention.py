@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.dense_attention import dense_attention, make_case
 from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.kv_rows import KV_DTYPES
 
 #: float32 differs by the order of summation; bfloat16 by one rounding of outputs of a few units.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -55,8 +56,14 @@ def test_equals_dense_attention(
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_softcap_and_sinks(
-    backend: Backend, layout: str, window: int | None, softcap: float | None, with_sinks: bool
+@pytest.mark.parametrize("with_slopes", [False, True])
+def test_softcap_sinks_and_alibi(
+    backend: Backend,
+    layout: str,
+    window: int | None,
+    softcap: float | None,
+    with_sinks: bool,
+    with_slopes: bool,
 ) -> None:
     case = make_case(
         LAYOUTS[layout],
@@ -68,9 +75,33 @@ def test_softcap_and_sinks(
         window=window,
     )
     sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0]) if with_sinks else None
-    options = {"scale": 1.0, "window": window, "softcap": softcap, "sinks": sinks}
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]) if with_slopes else None
+    options = {
+        "scale": 1.0, "window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes
+    }  # fmt: skip
     out = backend.ops.paged_attention(*case.arguments, **options)
     expected = dense_attention(case, **options)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_every_form_of_the_cache(
+    backend: Backend, layout: str, window: int | None, kv_dtype: str
+) -> None:
+    case = make_case(
+        LAYOUTS[layout],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        block_size=4,
+        dtype=torch.float32,
+        window=window,
+        kv_dtype=KV_DTYPES[kv_dtype],
+    )
+    out = backend.ops.paged_attention(*case.arguments, scale=0.3, window=window)
+    expected = dense_attention(case, scale=0.3, window=window)
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=0)
 
 

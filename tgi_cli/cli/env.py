@@ -58,6 +58,7 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kernel memory", f"{_gib(kernels['free_bytes'])} free, by the container's limit"
         yield "huge pages", _huge_pages(kernels["huge_pages"])
         yield "deterministic", str(kernels["deterministic"]).lower()
+        yield "KV cache dtypes", " ".join(kernels["kv_cache_dtypes"])
         yield "cuda", kernels["cuda"] or "this build of torch has none"
     for index, gpu in enumerate(report["gpus"]):
         yield (

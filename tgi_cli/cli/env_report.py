@@ -156,7 +156,7 @@ def accelerators() -> dict[str, Any]:
     try:
         import torch
 
-        from tgi_cli.kernels import backend
+        from tgi_cli.kernels import backend, kv_rows
         from tgi_cli.kernels.cpu.huge_pages import huge_pages_setting
     except (ImportError, OSError) as error:  # a broken torch is a reason to run `tgi env`
         return {"kernels": {"error": f"torch cannot be imported: {error}"}, "gpus": []}
@@ -176,6 +176,7 @@ def accelerators() -> dict[str, Any]:
             "backend": chosen.name,
             "device": str(chosen.device),
             "deterministic": chosen.deterministic,
+            "kv_cache_dtypes": list(kv_rows.KV_DTYPES),
             "threads": chosen.num_threads,
             "free_bytes": chosen.free_memory(),
             "huge_pages": huge_pages_setting(),

@@ -121,7 +121,8 @@ class _Talk:
             f"with {facts.backend} kernels, deterministic: {str(facts.deterministic).lower()}"
         )
         self._say(
-            f"context {facts.max_model_len:,} tokens, KV cache {facts.kv_cache_tokens:,} tokens, "
+            f"context {facts.max_model_len:,} tokens, KV cache {facts.kv_cache_tokens:,} tokens "
+            f"in {facts.kv_cache_dtype}, "
             f"up to {facts.max_num_seqs} sequences at once"
         )
 

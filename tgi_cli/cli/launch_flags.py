@@ -36,6 +36,17 @@ _QUANTIZATIONS = (
     "bitsandbytes-fp4",
     "fp8",
 )
+_KV_DTYPES = (
+    "auto",
+    "bfloat16",
+    "float16",
+    "float32",
+    "int8",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+)
 _NO_PHASES = "prompts and decodes share one token budget per step, nothing waits for a ratio"
 _NO_GRAPHS = "this build captures no CUDA graphs"
 _NO_TUNNEL = "no tunnel is opened; put a reverse proxy in front of the port"
@@ -153,6 +164,12 @@ WORKING = (
             bare=("MAX_BATCH_TOTAL_TOKENS",),
             kind="integer",
             minimum=1,
+        ),
+        _tgi(
+            "kv_cache_dtype",
+            "cache.kv_cache_dtype",
+            "Number type of the KV cache; int8 and fp8 hold about twice the tokens.",
+            choices=_KV_DTYPES,
         ),
         _own(
             "memory_fraction",
@@ -485,14 +502,6 @@ STILL_TO_COME = _panel(
         field="parallel.node_rank",
         kind="integer",
         minimum=0,
-    ),
-    _to_come(
-        "kv_cache_dtype",
-        "a quantized KV cache",
-        "Number type of the KV cache.",
-        "auto",
-        field="cache.kv_cache_dtype",
-        choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
     ),
     _to_come(
         "speculate",

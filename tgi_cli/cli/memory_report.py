@@ -24,6 +24,7 @@ def report_plan(printer: Printer, plan: MemoryPlan, *, as_json: bool) -> None:
     table.add_column(justify="right")
     table.add_row("device", plan.device)
     table.add_row("dtype", str(plan.dtype).removeprefix("torch."))
+    table.add_row("KV cache dtype", plan.as_dict()["kv_cache_dtype"])
     table.add_row("context", f"{plan.max_model_len:,} tokens")
     table.add_row(
         "KV cache",

@@ -28,6 +28,7 @@ from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
 from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.collective import ALONE
+from tgi_cli.kernels.kv_rows import kv_dtype_name
 from tgi_cli.sampling import SamplingParams
 from tgi_cli.tokenizer import load_tokenizer
 
@@ -250,7 +251,7 @@ def _facts(
         model_sha=_commit(path),
         architecture=checkpoint.architecture,
         dtype=dtype,
-        kv_cache_dtype=dtype,
+        kv_cache_dtype=kv_dtype_name(planned.kv_dtype),
         device=planned.device,
         backend=runner.kernels,
         quantization=None if checkpoint.format.name == "dense" else checkpoint.format.name,

@@ -13,9 +13,10 @@ from tgi_cli.model.spec import DecoderSpec
 
 
 class KVCache:
-    """`layers[i]` are keys and values of layer i, each [num_blocks, block_size, heads, head_dim].
+    """`layers[i]` are keys and values of layer i, each [num_blocks, block_size, heads, row_width].
 
-    Layers of one group use the same block ids; block 0 of each is the null block.
+    `kernels.kv_rows` says what a row holds in each dtype. Layers of one group use the same block
+    ids; block 0 of each is the null block.
     """
 
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:
@@ -27,7 +28,7 @@ class KVCache:
                     plan.block_size,
                     group.num_kv_heads,
                     group.head_dim,
-                    plan.dtype,
+                    plan.kv_dtype,
                 )
         self.layers = tuple(layers[index] for index in range(len(spec.layers)))
 

@@ -18,9 +18,15 @@ from tgi_cli.config import EngineConfig
 from tgi_cli.engine.block_table import KVGroupLayout
 from tgi_cli.engine.logprobs import PROMPT_LOGITS
 from tgi_cli.engine.lora import OpenedAdapters, fetched
-from tgi_cli.engine.precision import check_quantize, resolve_dtype, with_activations
+from tgi_cli.engine.precision import (
+    check_quantize,
+    resolve_dtype,
+    resolve_kv_dtype,
+    with_activations,
+)
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
+from tgi_cli.kernels.kv_rows import kv_dtype_name, row_width
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, KVGroup
@@ -56,6 +62,7 @@ class MemoryPlan:
 
     device: str
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     max_model_len: int  # tokens
     block_size: int  # tokens
     kv_cache_tokens: int
@@ -111,6 +118,7 @@ class MemoryPlan:
         return {
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kv_cache_dtype": kv_dtype_name(self.kv_dtype),
             "max_model_len": self.max_model_len,
             "block_size": self.block_size,
             "kv_cache_tokens": self.kv_cache_tokens,
@@ -171,11 +179,7 @@ def check_config(config: EngineConfig) -> None:
             hint=f"use 0 to {parallel.nnodes - 1}",
         )
     check_quantize(config.model.quantize)
-    if config.cache.kv_cache_dtype not in ("auto", config.model.dtype):
-        raise UsageError(
-            f"the KV cache cannot be held in `{config.cache.kv_cache_dtype}` yet",
-            hint="leave --kv-cache-dtype at `auto`",
-        )
+    resolve_kv_dtype(config.cache.kv_cache_dtype, torch.bfloat16)
 
 
 def plan(
@@ -218,7 +222,10 @@ def plan(
     adapters = adapter_bytes(dtype, part)
     weights = sized.weights_bytes(dtype, part) + adapters
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
-    sizing = _Sizing(part.local, config, dtype, max_len, native=native, adapted=adapters > 0)
+    kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype)
+    sizing = _Sizing(
+        part.local, config, dtype, kv_dtype, max_len, native=native, adapted=adapters > 0
+    )
     if told is not None:
         tokens = told
     else:
@@ -233,6 +240,7 @@ def plan(
     return MemoryPlan(
         device=backend.device.type,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         max_model_len=max_len,
         block_size=config.cache.block_size,
         kv_cache_tokens=max(group.num_blocks - 1 for group in groups) * config.cache.block_size,
@@ -258,6 +266,7 @@ class _Sizing:
         spec: DecoderSpec,
         config: EngineConfig,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         max_len: int,
         *,
         native: bool,
@@ -267,6 +276,7 @@ class _Sizing:
         self._adapted = adapted
         self._spec = spec
         self._dtype = dtype
+        self._kv_dtype = kv_dtype
         self._block_size = config.cache.block_size
         self._max_seqs = config.scheduler.max_num_seqs
         self._chunk = config.scheduler.max_batch_tokens
@@ -331,11 +341,14 @@ class _Sizing:
             decode = min(tokens, self._max_seqs * seen)
             prompt = min(self._max_len, seen + chunk)
             elements = 2 * group.num_kv_heads * group.head_dim
-            most = max(most, max(decode, prompt) * elements * (4 + self._dtype.itemsize))
+            # codes of 8 bits are multiplied by their scales on the way
+            size = 4 + self._kv_dtype.itemsize + (4 if self._kv_dtype.itemsize == 1 else 0)
+            most = max(most, max(decode, prompt) * elements * size)
         return most
 
     def _token_bytes(self, group: KVGroup) -> int:
-        return 2 * group.num_kv_heads * group.head_dim * self._dtype.itemsize
+        width = row_width(group.head_dim, self._kv_dtype)
+        return 2 * group.num_kv_heads * width * self._kv_dtype.itemsize
 
     def _blocks(self, group: KVGroup, tokens: int) -> int:
         """Blocks of one group in a pool of `tokens`, without the null block."""

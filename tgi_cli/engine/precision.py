@@ -13,6 +13,7 @@ import torch
 from tgi_cli.config import EngineConfig
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.kv_rows import KV_ALIASES, KV_DTYPES
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.quantize.formats import READABLE
 from tgi_cli.quantize.formats.at_load import METHODS
@@ -48,6 +49,23 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if stored == torch.float64:
         return torch.float32
     return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the KV cache; `auto` is that of the activations, `dtype`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name == "auto":
+        return dtype
+    found = KV_DTYPES.get(KV_ALIASES.get(name, name))
+    if found is None:
+        raise UsageError(
+            f"the KV cache cannot be held in `{name}`",
+            hint=f"use auto, {', '.join((*KV_DTYPES, *KV_ALIASES))}",
+        )
+    return found
 
 
 def check_quantize(method: str | None) -> None:

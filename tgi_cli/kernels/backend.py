@@ -26,6 +26,7 @@ from tgi_cli.kernels.cpu.packer import Packer
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
 from tgi_cli.kernels.cpu.shared_pages import files_get_huge_pages
 from tgi_cli.kernels.cpu.weight_store import WeightStore
+from tgi_cli.kernels.kv_rows import row_width
 from tgi_cli.kernels.memory import cgroup_headroom
 from tgi_cli.kernels.ops import Ops
 
@@ -68,12 +69,12 @@ class Backend:
         head_dim: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim].
+        """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, row_width].
 
         Zeroed. On a CPU a page is committed only when it is first written: `torch.zeros` would
         write them all.
         """
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        shape = (num_blocks, block_size, num_kv_heads, row_width(head_dim, dtype))
         if self.device.type != "cpu":
             keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
             return keys, values

@@ -67,7 +67,8 @@ class Ops(Protocol):
             v: [T, K, D].
             rope_table: [max_positions, n]: n/2 cosines, then n/2 sines, in `q`'s dtype.
             positions: [T] int64, each below max_positions.
-            k_cache: [num_blocks, block_size, K, D]; written.
+            k_cache: [num_blocks, block_size, K, row_width]; written, rounded to its dtype as
+                `kernels.kv_rows` says.
             v_cache: like `k_cache`; written.
             slot_mapping: [T] int64, block id * block_size + offset in the block.
         """
@@ -88,6 +89,7 @@ class Ops(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of ragged queries over paged keys and values: [T, H, D].
 
@@ -99,7 +101,7 @@ class Ops(Protocol):
 
         Args:
             q: [T, H, D]; query head h reads key/value head h // (H / K).
-            k_cache: [num_blocks, block_size, K, D].
+            k_cache: [num_blocks, block_size, K, row_width], see `kernels.kv_rows`.
             v_cache: like `k_cache`.
             block_tables: [S, max_blocks] int32, block ids by absolute position; entries wholly
                 behind the window or after the last key may be 0.
@@ -111,6 +113,8 @@ class Ops(Protocol):
             window: how many keys a query sees, itself included; None for all.
             softcap: scores become `softcap * tanh(score / softcap)`.
             sinks: [H]; a logit per head that takes part in the softmax and has no value.
+            slopes: [H]; slope * (key position - query position) is added to the capped scores
+                (ALiBi: Press, Smith and Lewis, "Train short, test long", 2022).
         """
         ...
 

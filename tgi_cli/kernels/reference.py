@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgi_cli.kernels.kv_rows import decode, encode
 from tgi_cli.kernels.philox import gumbel_noise, gumbel_noise_at
 
 __all__ = [
@@ -76,7 +77,9 @@ def rope_store(
     _rotate(k, cos, sin)
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     for cache, new in ((k_cache, k), (v_cache, v)):
-        rows = new.flatten(1).to(cache.dtype)
+        rows = encode(new, cache.dtype).flatten(1)
+        if cache.dtype.itemsize == 1:  # torch copies no rows of 8-bit floats
+            cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
         cache.view(num_slots, -1).index_copy_(0, slot_mapping, rows)
 
 
@@ -114,12 +117,13 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """See `Ops.paged_attention`: decodes in padded batches, longer queries one by one."""
     if max(query_lens) == 1 and max(key_lens) <= 2 * min(key_lens):
         return _decode(
             q, k_cache, v_cache, block_tables, seq_lens, min(key_lens), max(key_lens),
-            scale=scale, window=window, softcap=softcap, sinks=sinks,
+            scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes,
         )  # fmt: skip
     out = torch.empty_like(q)
     # Decodes are grouped by length up to a factor of two, so that padding at most doubles them.
@@ -134,7 +138,7 @@ def paged_attention(
             rows = slice(start, start + num_queries)
             out[rows] = _prefill(
                 q[rows], k_cache, v_cache, block_tables[sequence], num_keys,
-                scale=scale, window=window, softcap=softcap, sinks=sinks,
+                scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes,
             )  # fmt: skip
         start += num_queries
     for members in buckets.values():
@@ -143,7 +147,7 @@ def paged_attention(
         out[rows_of] = _decode(
             q[rows_of], k_cache, v_cache, block_tables[chosen], seq_lens[chosen],
             min(key_lens[i] for i in members), max(key_lens[i] for i in members),
-            scale=scale, window=window, softcap=softcap, sinks=sinks,
+            scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes,
         )  # fmt: skip
     return out
 
@@ -159,6 +163,7 @@ def _prefill(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     """One sequence: its last q.shape[0] positions against all keys in sight."""
     num_queries, num_heads, head_dim = q.shape
@@ -170,10 +175,9 @@ def _prefill(
     base = first_block * block_size
     # [1, K, keys, D] in float32: fp32 is as fast as bf16 in torch's CPU attention, and exact.
     keys, values = (
-        _gather(cache, blocks)
-        .view(-1, *cache.shape[2:])[low - base : num_keys - base]
-        .transpose(0, 1)[None]
-        .float()
+        decode(_gather(cache, blocks).view(-1, *cache.shape[2:]), head_dim)[
+            low - base : num_keys - base
+        ].transpose(0, 1)[None]
         for cache in (k_cache, v_cache)
     )
     queries = q.transpose(0, 1)[None].float()  # [1, H, queries, D]
@@ -182,14 +186,15 @@ def _prefill(
     mask = key_positions <= query_positions
     if window is not None:
         mask &= key_positions > query_positions - window
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and slopes is None:
         out = F.scaled_dot_product_attention(
             queries, keys, values, mask, scale=scale, enable_gqa=True
         )
     else:
         grouped = queries.view(1, keys.shape[1], -1, num_queries, head_dim)
         scores = (grouped * scale) @ keys.transpose(-1, -2).unsqueeze(2)
-        weights = _softmax(scores, mask, softcap, sinks)
+        distances = (key_positions - query_positions)[None, None, None]
+        weights = _softmax(scores, mask, distances, softcap, sinks, slopes)
         out = (weights @ values.unsqueeze(2)).view(1, num_heads, num_queries, head_dim)
     return out[0].transpose(0, 1).to(q.dtype)
 
@@ -207,31 +212,36 @@ def _decode(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     """One query for each sequence, [S, H, D], over keys gathered and padded to the longest."""
     num_seqs, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     if window is not None and max_keys > window:
-        blocks, visible = _window_blocks(block_tables, seq_lens, window, block_size)
+        blocks, positions = _window_blocks(block_tables, seq_lens, window, block_size)
+        visible = (positions >= seq_lens[:, None] - window) & (positions < seq_lens[:, None])
         common = 0
     else:
         blocks = block_tables[:, : -(-max_keys // block_size)]
-        slots = torch.arange(blocks.shape[1] * block_size, device=q.device)
-        visible = slots < seq_lens[:, None]
+        positions = torch.arange(blocks.shape[1] * block_size, device=q.device)[None]
+        visible = positions < seq_lens[:, None]
         common = min_keys  # slots before the shortest sequence's end are visible to all
     keys, values = (
-        _gather(cache, blocks).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
-        for cache in (k_cache, v_cache)
+        _gather(cache, blocks).view(num_seqs, -1, *cache.shape[2:]) for cache in (k_cache, v_cache)
     )
     keys, values = (  # [S, K, slots, D]: one pass converts and transposes
-        torch.empty(part.shape, device=q.device).copy_(part) for part in (keys, values)
+        torch.empty((num_seqs, num_kv_heads, part.shape[1], head_dim), device=q.device).copy_(
+            (part if part.dtype.itemsize > 1 else decode(part, head_dim)).transpose(1, 2)
+        )
+        for part in (keys, values)
     )
     # Masked scores are overwritten, but a weight of 0 times NaN is NaN: stale values go.
     values[:, :, common:].masked_fill_(~visible[:, None, common:, None], 0.0)
     grouped = q.view(num_seqs, num_kv_heads, -1, head_dim).float() * scale
     scores = grouped @ keys.transpose(-1, -2)  # [S, K, H/K, slots]
     mask = visible[:, None, None, None, :]
-    weights = _softmax(scores.unsqueeze(3), mask, softcap, sinks).squeeze(3)
+    distances = (positions - (seq_lens[:, None] - 1))[:, None, None, None]
+    weights = _softmax(scores.unsqueeze(3), mask, distances, softcap, sinks, slopes).squeeze(3)
     out = weights @ values
     return out.reshape(num_seqs, num_heads, head_dim).to(q.dtype)
 
@@ -239,7 +249,7 @@ def _decode(
 def _window_blocks(
     block_tables: Tensor, seq_lens: Tensor, window: int, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The blocks a window touches, [S, columns], and which of their slots it shows, [S, slots].
+    """The blocks a window touches, [S, columns], and the positions of their slots, [S, slots].
 
     It spans the same few columns of every table but begins elsewhere in each.
     """
@@ -248,23 +258,35 @@ def _window_blocks(
     columns = (low // block_size)[:, None] + torch.arange(num_columns, device=seq_lens.device)
     offsets = torch.arange(block_size, device=seq_lens.device)
     positions = (columns[:, :, None] * block_size + offsets).flatten(1)
-    visible = (positions >= low[:, None]) & (positions < seq_lens[:, None])
     # Columns past the table lie past the last key too: read any block, see none of it.
     inside = columns.clamp(max=block_tables.shape[1] - 1).long()
-    return block_tables.gather(1, inside), visible
+    return block_tables.gather(1, inside), positions
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     """Whole blocks of a cache: many times faster as an embedding than as indexing."""
-    return F.embedding(blocks, cache.view(cache.shape[0], -1))
+    if cache.dtype.itemsize > 1:
+        return F.embedding(blocks, cache.view(cache.shape[0], -1))
+    whole = F.embedding(blocks, cache.view(torch.uint8).view(cache.shape[0], -1))
+    return whole.view(cache.dtype)
 
 
 def _softmax(
-    scores: Tensor, visible: Tensor, softcap: float | None, sinks: Tensor | None
+    scores: Tensor,
+    visible: Tensor,
+    distances: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
-    """Softmax of scores [S, K, H/K, queries, keys] over the visible keys and the sink."""
+    """Softmax of scores [S, K, H/K, queries, keys] over the visible keys and the sink.
+
+    `distances` are key less query positions, [S, 1, 1, queries, keys] or of a shape that expands.
+    """
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores + slopes.float().view(1, scores.shape[1], -1, 1, 1) * distances
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is None:
         return scores.softmax(-1)

@@ -6,6 +6,7 @@ blocks only as tensors that it hands on.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
@@ -48,6 +49,8 @@ class Attention:
         heads: HeadNorms | PlainHeads,
         output: Linear | SummedLinear,
         rope_table: Tensor,
+        sinks: Tensor | None = None,
+        slopes: Tensor | None = None,
     ) -> None:
         self.ops = ops
         self.spec = spec
@@ -56,6 +59,8 @@ class Attention:
         self.heads = heads
         self.output = output
         self.rope_table = rope_table
+        self.sinks = sinks  # [num_heads] float32
+        self.slopes = slopes  # [num_heads] float32
 
     def forward(self, x: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size]; stores this step's keys and values."""
@@ -80,8 +85,23 @@ class Attention:
             batch.key_lens,
             scale=spec.scale,
             window=spec.window,
+            softcap=spec.softcap,
+            sinks=self.sinks,
+            slopes=self.slopes,
         )
         return self.output.forward(attended.flatten(1), batch)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """[num_heads] float32, as Press, Smith and Lewis give them ("Train short, test long", 2022).
+
+    A geometric sequence for a power of two; other numbers of heads take those of the power below
+    and then every second one of the power above.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+    exponents = [-8.0 * (i + 1) / power for i in range(power)]
+    exponents += [-4.0 * (i + 1) / power for i in range(0, 2 * (num_heads - power), 2)]
+    return torch.tensor(exponents).exp2()
 
 
 def load_attention(
@@ -115,4 +135,13 @@ def load_attention(
         loader, prefix + names.o, hidden_size, q_size, bias=spec.output_bias
     )
     local = loader.partition.attention(spec)
-    return Attention(loader.ops, local, group, qkv, heads, output, rope_table)
+    sinks = slopes = None
+    if spec.sinks:
+        sinks = loader.vector(prefix + names.sinks, spec.num_heads, torch.float32)
+    if spec.alibi:
+        first = loader.partition.rank * local.num_heads
+        slopes = alibi_slopes(spec.num_heads)[first : first + local.num_heads]
+        slopes = slopes.to(loader.backend.device)
+    return Attention(
+        loader.ops, local, group, qkv, heads, output, rope_table, sinks=sinks, slopes=slopes
+    )

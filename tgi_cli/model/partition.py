@@ -126,6 +126,8 @@ class Partition:
 
     def _in_layer(self, key: str, attention: AttentionSpec) -> Shard:
         names = self.spec.names
+        if key == names.sinks:
+            return Shard(0, self.rank, self.world_size)
         stem, _, kind = key.rpartition(".")
         if stem == names.q:
             return Shard(0, self.rank, self.world_size)

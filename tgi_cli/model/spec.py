@@ -86,6 +86,9 @@ class AttentionSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: NormSpec | None = None  # over each head, before the rotation
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: bool = False  # a learned logit for each head takes part in every softmax
+    alibi: bool = False  # scores fall with distance, by a slope for each head
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class TensorNames:
     o: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
+    sinks: str = "self_attn.sinks"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"

@@ -45,6 +45,7 @@ def planned(path: Path, free: int = 8 * GB, **options: Any) -> MemoryPlan:
     for name, value in options.items():
         section = {
             "max_model_len": "model", "dtype": "model", "kv_cache_tokens": "cache",
+            "kv_cache_dtype": "cache",
             "block_size": "cache", "max_num_seqs": "scheduler", "max_batch_tokens": "scheduler",
         }[name]  # fmt: skip
         sections.setdefault(section, {})[name] = value
@@ -82,6 +83,26 @@ def test_plan_and_tensors_agree(gemma: Path) -> None:
     result = planned(gemma, max_num_seqs=3, max_model_len=600)
     backend, checkpoint = select("cpu"), open_checkpoint(str(gemma))
     assert KVCache(backend, checkpoint.spec, result).nbytes == result.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("auto", 64), ("bfloat16", 32), ("float16", 32), ("float32", 64),
+        ("int8", 20), ("fp8", 20), ("fp8_e4m3fn", 20), ("fp8_e5m2", 20),
+    ],
+)  # fmt: skip
+def test_every_form_of_the_cache_is_counted(llama: Path, name: str, row: int) -> None:
+    """Heads of 16: in 8 bits 16 codes and a scale of 4 bytes."""
+    result = planned(llama, kv_cache_dtype=name, kv_cache_tokens=512)
+    [group] = result.groups
+    assert group.block_bytes == 2 * 2 * 2 * 16 * row
+    backend, checkpoint = select("cpu"), open_checkpoint(str(llama))
+    cache = KVCache(backend, checkpoint.spec, result)
+    assert cache.nbytes == result.kv_bytes
+    assert result.as_dict()["kv_cache_dtype"] == {
+        "auto": "float32", "fp8": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3"
+    }.get(name, name)  # fmt: skip
 
 
 def test_little_memory_shrinks_pool_and_context(llama: Path) -> None:
@@ -187,9 +208,9 @@ def test_an_unknown_dtype_is_refused() -> None:
         ),
         (
             EngineConfig(
-                model=ModelConfig(model_id="m"), cache=CacheConfig(kv_cache_dtype="fp8_e5m2")
+                model=ModelConfig(model_id="m"), cache=CacheConfig(kv_cache_dtype="nvfp4")
             ),
-            "fp8_e5m2",
+            "the KV cache cannot be held in `nvfp4`",
         ),
     ],
 )

@@ -99,6 +99,7 @@ class RopeStore(ctypes.Structure):
         ),
         *((name, _INT64) for name in ("tokens", "heads", "kv_heads", "head_dim", "rotary_dim")),
         ("eps", _FLOAT),
+        ("kv_form", _INT32),
     )
 
 
@@ -124,6 +125,9 @@ class Attention(ctypes.Structure):
         ),
         ("scale", _FLOAT),
         ("softcap", _FLOAT),
+        ("kv_form", _INT32),
+        ("slopes", _POINTER),
+        ("sinks", _POINTER),
     )
 
 
@@ -157,6 +161,8 @@ class LayerProgram(ctypes.Structure):
         ("gate_up_bias", _POINTER),
         ("down", Matrix),
         *((name, _POINTER) for name in ("down_bias", "after_feed_norm", "k_cache", "v_cache")),
+        ("slopes", _POINTER),
+        ("sinks", _POINTER),
         *(
             (name, _INT64)
             for name in (
@@ -169,8 +175,9 @@ class LayerProgram(ctypes.Structure):
                 "group",
             )
         ),
-        *((name, _FLOAT) for name in ("scale", "qk_eps", "eps")),
+        *((name, _FLOAT) for name in ("scale", "qk_eps", "eps", "softcap")),
         ("activation", _INT32),
+        ("kv_form", _INT32),
     )
 
 

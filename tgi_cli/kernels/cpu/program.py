@@ -37,6 +37,15 @@ from tgi_cli.kernels.sampling import RowParameters
 
 _ACTIVATIONS = {"silu": 3, "gelu_tanh": 4}  # Epilogue in csrc/kernels.h
 _MAX_HEAD_DIM = 512
+#: KvForm in csrc/kernels.h; tensors of `Backend.allocate_kv` are held in an order of its own.
+KV_FORMS = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+}
 
 
 def reason_against(decoder: Any, block_size: int = BLOCK) -> str | None:
@@ -217,7 +226,8 @@ class NativeStep:
         out.cos_sin = pointer(table)
         out.heads, out.kv_heads, out.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         out.rotary_dim = table.shape[1]
-        out.window, out.scale = spec.window or 0, spec.scale
+        out.window, out.scale, out.softcap = spec.window or 0, spec.scale, spec.softcap or 0.0
+        out.slopes, out.sinks = self._floats(attention.slopes), self._floats(attention.sinks)
         out.intermediate, out.group = part.feed.intermediate_size, group
         out.eps, out.activation = part.norm.eps, _ACTIVATIONS[part.feed.activation]
 
@@ -277,7 +287,8 @@ class NativeStep:
         if kv_caches is self._caches:
             return
         for layer, (keys, values) in zip(self._layers, kv_caches, strict=True):
-            if keys.shape[1] != BLOCK or keys.dtype != torch.bfloat16:
-                raise ValueError(f"native kernels need bf16 blocks of {BLOCK} tokens")
+            if keys.shape[1] != BLOCK:
+                raise ValueError(f"native kernels need blocks of {BLOCK} tokens")
             layer.k_cache, layer.v_cache = keys.data_ptr(), values.data_ptr()
+            layer.kv_form = KV_FORMS[keys.dtype]
         self._caches = kv_caches

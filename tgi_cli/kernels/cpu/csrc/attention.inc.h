@@ -3,32 +3,12 @@
 // Keys come in tiles of 64 at absolute positions. Each tile gives (max, sum, accumulator) on its own,
 // and tiles merge in order, so a result does not depend on chunking, on who computed which tile, or on
 // which sequences read a tile together.
-// Scores: lanes are keys, a chain over head_dim pairs. Values: lanes are features, a chain over key
-// pairs with probabilities rounded to bf16. Exponents are to the base 2, log2(e) is in the scale.
 // Included once per instruction set.
 
-constexpr int kScoreVectors = kTileKeys / kLanes;
-constexpr int kTileBlocks = kTileKeys / kBlock;
+#include "attention_tile.inc.h"
+
 constexpr int64_t kItemRows = 48;   // query rows that share a visit of a tile
 constexpr int64_t kSharedSeqs = 8;  // sequences of one item that may share tiles
-constexpr int kFewRows = 4;         // up to so many rows wait for memory and look ahead
-constexpr float kHidden = -1e30f;   // finite, so that its difference to a maximum is no NaN
-
-struct TileRow {
-  const bf16* q;     // [head_dim]
-  int64_t position;  // keys 0 .. position are visible
-  float max, sum;
-  float* acc;  // [head_dim]
-};
-
-// The tile's blocks for one KV head, and which of its keys hold data of this sequence. What lies in
-// the others (stale blocks, the null block) may be anything and is never multiplied.
-struct Tile {
-  int64_t first_key;
-  const bf16* keys[kTileBlocks];
-  const bf16* values[kTileBlocks];
-  int low, high;  // keys low .. high of the tile are readable
-};
 
 // A run of query tokens of one sequence, or the single tokens of several, against one KV head.
 struct AttentionItem {
@@ -39,192 +19,11 @@ struct AttentionItem {
   int64_t part;         // index of the first of them
 };
 
-// Adds probability pairs begin .. end - 1 times values; `mask` blanks one half of each pair or none.
-template <int kRows, int kVectors>
-inline void add_values(const Tile& tile, const uint32_t (*pairs)[kTileKeys / 2], int64_t dim, int64_t d,
-                       int begin, int end, uint32_t mask, vf (&o)[kRows][kVectors]) {
-  for (int t = begin; t < end; ++t) {
-    const bf16* at = tile.values[t / (kBlock / 2)] + (t % (kBlock / 2) * dim + d) * 2;
-    vi value[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) value[v] = blank(load_pairs(at + v * kLanes * 2), mask);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const vi p = broadcast_pair(&pairs[r][t]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) dot2(o[r][v], value[v], p);
-    }
-  }
-}
-
-// The same for a tile of which every key is readable.
-template <int kRows, int kVectors>
-inline void add_all_values(const Tile& tile, const Tile* next, const uint32_t (*pairs)[kTileKeys / 2], int64_t dim,
-                           int64_t d, vf (&o)[kRows][kVectors]) {
-  for (int b = 0; b < kTileBlocks; ++b) {
-    const bf16* at = tile.values[b] + d * 2;
-    const bf16* later = next != nullptr ? next->values[b] + d * 2 : at;
-#pragma GCC unroll 2
-    for (int t = 0; t < kBlock / 2; ++t, at += dim * 2, later += dim * 2) {
-      if (kRows <= kFewRows && next != nullptr)
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; v += kLineVectors) prefetch(later + v * kLanes * 2);
-      vi value[kVectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) value[v] = load_pairs(at + v * kLanes * 2);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const vi p = broadcast_pair(&pairs[r][b * (kBlock / 2) + t]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) dot2(o[r][v], value[v], p);
-      }
-    }
-  }
-}
-
-// Features d .. d + kVectors * kLanes of the tile's weighted values, merged into the rows.
-template <int kRows, int kVectors>
-inline void merge_values(const Tile& tile, const Tile* next, const uint32_t (*pairs)[kTileKeys / 2], int64_t dim,
-                         int64_t d, const float* old_scale, const float* new_scale, TileRow* rows) {
-  vf o[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) o[r][v] = zero();
-  if (tile.low == 0 && tile.high == kTileKeys - 1) {
-    add_all_values(tile, next, pairs, dim, d, o);
-  } else {
-    const int begin = tile.low / 2, end = tile.high / 2 + 1;
-    const uint32_t head = tile.low % 2 ? 0xffff0000u : ~0u, tail = tile.high % 2 ? ~0u : 0x0000ffffu;
-    if (begin + 1 == end) {
-      add_values(tile, pairs, dim, d, begin, end, head & tail, o);
-    } else {
-      add_values(tile, pairs, dim, d, begin, begin + 1, head, o);
-      add_values(tile, pairs, dim, d, begin + 1, end - 1, ~0u, o);
-      add_values(tile, pairs, dim, d, end - 1, end, tail, o);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      float* acc = rows[r].acc + d + v * kLanes;
-      store(acc, fma(load(acc), set1(old_scale[r]), mul(o[r][v], set1(new_scale[r]))));
-    }
-}
-
-// Factors of what a row has and of what comes to it; updates its maximum and sum.
-inline void merge_scales(int count, TileRow* rows, const float* tile_max, const float* tile_sum,
-                         float* old_scale, float* new_scale) {
-  for (int from = 0; from < count; from += kLanes / 2) {
-    float both[kLanes];
-    for (int i = 0; i < kLanes; ++i) both[i] = kHidden;
-    const int many = count - from < kLanes / 2 ? count - from : kLanes / 2;
-    for (int i = 0; i < many; ++i) {
-      const TileRow& row = rows[from + i];
-      const float next = tile_max[from + i];
-      const float m = row.max > next ? row.max : next;
-      if (row.max != -INFINITY) both[i] = row.max - m;
-      if (next != -INFINITY) both[kLanes / 2 + i] = next - m;
-    }
-    store(both, exp2(load(both)));
-    for (int i = 0; i < many; ++i) {
-      TileRow& row = rows[from + i];
-      old_scale[from + i] = both[i];
-      new_scale[from + i] = both[kLanes / 2 + i];
-      row.sum = std::fma(row.sum, both[i], tile_sum[from + i] * both[kLanes / 2 + i]);
-      if (tile_max[from + i] > row.max) row.max = tile_max[from + i];
-    }
-  }
-}
-
-// One tile of keys for up to kRowGroup rows. `kMasked`: some keys are hidden from some row. `next`, if
-// not null, is fetched meanwhile.
-template <int kRows, bool kMasked>
-inline void attend_tile(const Attention& a, TileRow* rows, const Tile& tile, const Tile* next) {
-  constexpr int kPer = kBlock / kLanes;  // vectors per block (1 or 2)
-  const int64_t dim = a.head_dim;
-  vf s[kRows][kScoreVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kScoreVectors; ++v) s[r][v] = zero();
-  for (int64_t i = 0; i < dim; i += 2) {
-    if (kRows <= kFewRows && next != nullptr)
-#pragma GCC unroll 16
-      for (int v = 0; v < kScoreVectors; v += kLineVectors)
-        prefetch(next->keys[v / kPer] + (i / 2 * kBlock + (v % kPer) * kLanes) * 2);
-    vi k[kScoreVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kScoreVectors; ++v)
-      k[v] = load_pairs(tile.keys[v / kPer] + (i / 2 * kBlock + (v % kPer) * kLanes) * 2);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const vi q = broadcast_pair(rows[r].q + i);
-#pragma GCC unroll 16
-      for (int v = 0; v < kScoreVectors; ++v) dot2(s[r][v], k[v], q);
-    }
-  }
-
-  constexpr float kLog2e = 1.44269504088896341f;
-  const bool capped = a.softcap > 0;
-  const vf scale = set1(capped ? a.scale / a.softcap : a.scale * kLog2e);
-  const vf cap = set1(a.softcap * kLog2e);
-  alignas(64) uint32_t pairs[kRows][kTileKeys / 2];  // probabilities as bf16 pairs
-  float tile_max[kRows], tile_sum[kRows];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t visible = rows[r].position - tile.first_key + 1;  // keys [0, visible) of the tile
-    const int64_t hidden = a.window > 0 ? rows[r].position - a.window + 1 - tile.first_key : 0;
-#pragma GCC unroll 16
-    for (int v = 0; v < kScoreVectors; ++v) {
-      s[r][v] = mul(s[r][v], scale);
-      if (capped) s[r][v] = mul(cap, tanh(s[r][v]));
-      if (kMasked) {
-        s[r][v] = keep(s[r][v], set1(kHidden), static_cast<int>(visible > 1000 ? 1000 : visible) - v * kLanes);
-        if (hidden > 0)
-          s[r][v] = keep(set1(kHidden), s[r][v], static_cast<int>(hidden > 1000 ? 1000 : hidden) - v * kLanes);
-      }
-    }
-    vf m = s[r][0];
-#pragma GCC unroll 16
-    for (int v = 1; v < kScoreVectors; ++v) m = max(m, s[r][v]);
-    tile_max[r] = hmax(m);
-    // A tile without a visible key for this row gives zeros, which merge as nothing.
-    if (kMasked && tile_max[r] == kHidden) tile_max[r] = -INFINITY;
-    const vf base = set1(kMasked && tile_max[r] == -INFINITY ? 0.0f : tile_max[r]);
-    vf total = zero();
-#pragma GCC unroll 16
-    for (int v = 0; v < kScoreVectors; ++v) {
-      const vf p = exp2(sub(s[r][v], base));
-      total = add(total, p);
-      store_bf16(reinterpret_cast<bf16*>(pairs[r]) + v * kLanes, p);
-    }
-    tile_sum[r] = sum(total);
-  }
-
-  float old_scale[kRows], new_scale[kRows];
-  merge_scales(kRows, rows, tile_max, tile_sum, old_scale, new_scale);
-  int64_t d = 0;
-  for (; d + kValueVectors * kLanes <= dim; d += kValueVectors * kLanes)
-    merge_values<kRows, kValueVectors>(tile, next, pairs, dim, d, old_scale, new_scale, rows);
-  for (; d < dim; d += kLanes) merge_values<kRows, 1>(tile, next, pairs, dim, d, old_scale, new_scale, rows);
-}
-
-template <bool kMasked>
-inline void attend_rows(const Attention& a, TileRow* rows, int count, const Tile& tile, const Tile* next) {
-  for (; count >= kRowGroup; count -= kRowGroup, rows += kRowGroup)
-    attend_tile<kRowGroup, kMasked>(a, rows, tile, next);
-  with_count<kRowGroup - 1>(
-      count, [&](auto n) { attend_tile<decltype(n)::value, kMasked>(a, rows, tile, next); });
-}
-
 // The tile at `index` of a sequence for one KV head; keys first_visible .. last_key are readable.
 inline Tile find_tile(const Attention& a, int64_t seq, int64_t kv_head, int64_t index, int64_t first_visible,
                       int64_t last_key) {
-  const int64_t dim = a.head_dim;
   const int32_t* table = a.block_tables + seq * a.table_stride;
-  const int64_t block_elements = a.kv_heads * dim * kBlock, offset = kv_head * dim * kBlock;
+  const int64_t bytes = head_bytes(static_cast<KvForm>(a.kv_form), a.head_dim);
   Tile tile;
   tile.first_key = index * kTileKeys;
   tile.low = static_cast<int>(first_visible > tile.first_key ? first_visible - tile.first_key : 0);
@@ -233,8 +32,9 @@ inline Tile find_tile(const Attention& a, int64_t seq, int64_t kv_head, int64_t 
   for (int b = 0; b < kTileBlocks; ++b) {
     // Blocks past the end stand in as the tile's last one: their keys are masked.
     const int64_t at = index * kTileBlocks + (b <= tile.high / kBlock ? b : tile.high / kBlock);
-    tile.keys[b] = a.k_cache + table[at] * block_elements + offset;
-    tile.values[b] = a.v_cache + table[at] * block_elements + offset;
+    const int64_t offset = (table[at] * a.kv_heads + kv_head) * bytes;
+    tile.keys[b] = static_cast<const char*>(a.k_cache) + offset;
+    tile.values[b] = static_cast<const char*>(a.v_cache) + offset;
   }
   return tile;
 }
@@ -253,44 +53,97 @@ inline Span visible_span(const Attention& a, int64_t seq, int64_t first, int64_t
   return {hidden > 0 ? hidden : 0, base + first + count - 1};
 }
 
-inline void start_rows(const Attention& a, int64_t seq, int64_t kv_head, int64_t first, int64_t count, float* acc,
-                       TileRow* rows) {
+// A query in the units that its products take; `out` holds it where that is not how it is given. The
+// result is what products have to be multiplied by.
+inline float prepare_query(const Bf16Pairs&, const bf16* q, int64_t, char*, const char** used) {
+  *used = reinterpret_cast<const char*>(q);
+  return 1.0f;
+}
+
+inline float prepare_query(const Fp8Pairs& form, const bf16* q, int64_t dim, char* out, const char** used) {
+  for (int64_t i = 0; i < dim; i += kLanes)
+    store_bf16(reinterpret_cast<bf16*>(out) + i, mul(load_bf16(q + i), set1(Fp8Pairs::kFactor)));
+  *used = out;
+  return form.rest;
+}
+
+inline float prepare_query(const Int8Pairs&, const bf16* q, int64_t dim, char* out, const char** used) {
+  vf most = zero(), faults = zero();
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const vf x = load_bf16(q + i);
+    most = max(most, max(x, sub(zero(), x)));
+    faults = fma(x, zero(), faults);
+  }
+  const float largest = hmax(most);
+  const vf factor = set1(largest > 0 ? Int8Pairs::kMost / largest : 0.0f);
+  for (int64_t i = 0; i < dim; i += kLanes)
+    store_words(reinterpret_cast<int16_t*>(out) + i, mul(load_bf16(q + i), factor));
+  *used = out;
+  return largest / Int8Pairs::kMost + sum(faults);
+}
+
+template <class Form>  // those of fp32
+inline float prepare_query(const Form&, const bf16* q, int64_t dim, char* out, const char** used) {
+  for (int64_t i = 0; i < dim; i += kLanes) store(reinterpret_cast<float*>(out) + i, load_bf16(q + i));
+  *used = out;
+  return 1.0f;
+}
+
+// Rows of `count` query tokens: their sums in `acc`, their queries perhaps in `queries`.
+template <class Form>
+inline void start_rows(const Attention& a, const Form& form, int64_t seq, int64_t kv_head, int64_t first,
+                       int64_t count, float* acc, char* queries, TileRow* rows) {
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
   const int64_t start = a.query_start[seq];
   const int64_t base = a.seq_lens[seq] - (a.query_start[seq + 1] - start);
   std::memset(acc, 0, static_cast<size_t>(count * group * dim) * sizeof(float));
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t h = 0; h < group; ++h)
-      rows[t * group + h] = {a.q + ((start + first + t) * a.heads + kv_head * group + h) * dim, base + first + t,
-                             -INFINITY, 0.0f, acc + (t * group + h) * dim};
+  for (int64_t r = 0; r < count * group; ++r) {
+    const int64_t t = r / group, head = kv_head * group + r % group;
+    TileRow& row = rows[r];
+    row.position = base + first + t;
+    row.max = -INFINITY;
+    row.sum = 0.0f;
+    row.acc = acc + r * dim;
+    row.factor = prepare_query(form, a.q + ((start + first + t) * a.heads + head) * dim, dim,
+                               queries + r * dim * 4 / Form::kPair, &row.q);
+    row.slope = a.slopes != nullptr ? a.slopes[head] * kLog2e : 0.0f;
+  }
 }
 
 inline void finish_rows(const Attention& a, int64_t seq, int64_t kv_head, int64_t first, int64_t count,
-                        const TileRow* rows) {
+                        TileRow* rows) {
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
   for (int64_t r = 0; r < count * group; ++r) {
-    const vf inverse = set1(1.0f / rows[r].sum);
-    const int64_t token = a.query_start[seq] + first + r / group;
-    bf16* out = a.out + (token * a.heads + kv_head * group + r % group) * dim;
+    const int64_t token = a.query_start[seq] + first + r / group, head = kv_head * group + r % group;
+    float kept = 1.0f;
+    if (a.sinks != nullptr) {  // merges like a tile of one key whose value is zero
+      const float sink = a.sinks[head] * kLog2e, one = 1.0f;
+      float unused;
+      merge_scales(1, rows + r, &sink, &one, &kept, &unused);
+    }
+    const vf inverse = set1(kept / rows[r].sum);
+    bf16* out = a.out + (token * a.heads + head) * dim;
     for (int64_t i = 0; i < dim; i += kLanes) store_bf16(out + i, mul(load(rows[r].acc + i), inverse));
   }
 }
 
-inline void attend_span(const Attention& a, TileRow* rows, int count, const Tile& tile, const Tile* next) {
+template <class Form>
+inline void attend_span(const Attention& a, const Form& form, TileRow* rows, int count, const Tile& tile, const Tile* next) {
   // A token before all the tile's keys has no share in it.
   while (count > 0 && rows->position < tile.first_key) ++rows, --count;
   const bool whole = tile.low == 0 && a.window == 0 && count > 0 &&
                      rows->position >= tile.first_key + kTileKeys - 1;
-  if (whole) {
-    attend_rows<false>(a, rows, count, tile, next);
+  if (whole && Form::kPair == 2) {
+    attend_rows<Form::kPair == 1>(a, form, rows, count, tile, next);
   } else {
-    attend_rows<true>(a, rows, count, tile, next);
+    attend_rows<true>(a, form, rows, count, tile, next);
   }
 }
 
 // A run of query tokens of one sequence over tiles begin .. end - 1.
-inline void attend_run(const Attention& a, int64_t seq, int64_t kv_head, const Span& span, int64_t begin, int64_t end,
-                       TileRow* rows, int count) {
+template <class Form>
+inline void attend_run(const Attention& a, const Form& form, int64_t seq, int64_t kv_head, const Span& span,
+                       int64_t begin, int64_t end, TileRow* rows, int count) {
   Tile tile = find_tile(a, seq, kv_head, begin, span.first_visible, span.last_key);
   for (int64_t index = begin; index < end; ++index) {
     Tile next;
@@ -302,13 +155,15 @@ inline void attend_run(const Attention& a, int64_t seq, int64_t kv_head, const S
     } else if (index + 1 < end) {
       next = find_tile(a, seq, kv_head, index + 1, span.first_visible, span.last_key);
     }
-    attend_span(a, rows, count, tile, later);
+    attend_span(a, form, rows, count, tile, later);
     tile = next;
   }
 }
 
 // Single tokens of several sequences; a tile that neighbours have in common is visited once for them.
-inline void attend_shared(const Attention& a, const AttentionItem& item, int64_t kv_head, TileRow* rows) {
+template <class Form>
+inline void attend_shared(const Attention& a, const Form& form, const AttentionItem& item, int64_t kv_head,
+                          TileRow* rows) {
   const int64_t group = a.heads / a.kv_heads;
   int64_t tiles = 0;
   for (int64_t s = 0; s < item.seqs; ++s) {
@@ -330,7 +185,7 @@ inline void attend_shared(const Attention& a, const AttentionItem& item, int64_t
               std::memcmp(blocks, blocks + same * a.table_stride, kTileBlocks * sizeof(int32_t)) != 0)
             break;
       const Tile tile = find_tile(a, item.seq + s, kv_head, index, 0, span.last_key);
-      attend_span(a, rows + s * group, static_cast<int>(same * group), tile, nullptr);
+      attend_span(a, form, rows + s * group, static_cast<int>(same * group), tile, nullptr);
       s += same;
     }
 }
@@ -404,17 +259,28 @@ struct AttentionPlan {
   }
 };
 
-void attention(Pool& pool, const Attention& a) {
+template <class Form>
+void attention_in(Pool& pool, const Attention& a, const Form& form) {
   const AttentionPlan plan(a, pool.size());
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
   const int64_t most = group > kItemRows ? group : kItemRows;  // rows of an item
   const int64_t part_rows = kItemRows / 4 > group ? kItemRows / 4 : group;
   const int64_t num_rows = most * pool.size() + plan.parts * part_rows;
+  const int64_t query_bytes = dim * 4 / Form::kPair;
   const size_t floats = (static_cast<size_t>(num_rows * dim) * sizeof(float) + 63) / 64 * 64;
-  auto* acc = static_cast<float*>(pool.scratch(floats + static_cast<size_t>(num_rows) * sizeof(TileRow)));
-  auto* rows = reinterpret_cast<TileRow*>(reinterpret_cast<char*>(acc) + floats);
-  float* part_acc = acc + most * pool.size() * dim;
-  TileRow* part_row = rows + most * pool.size();
+  const size_t queries_size = (static_cast<size_t>(num_rows * query_bytes) + 63) / 64 * 64;
+  auto* memory = static_cast<char*>(
+      pool.scratch(floats + queries_size + static_cast<size_t>(num_rows) * sizeof(TileRow)));
+  auto* acc = reinterpret_cast<float*>(memory);
+  char* queries = memory + floats;
+  auto* rows = reinterpret_cast<TileRow*>(memory + floats + queries_size);
+  const int64_t first_part = most * pool.size();
+
+  // Rows `at` and following of the memory, for some query tokens of a sequence.
+  const auto start = [&](const AttentionItem& item, int64_t s, int64_t h, int64_t at) {
+    start_rows(a, form, item.seq + s, h, item.first, item.count, acc + at * dim, queries + at * query_bytes,
+               rows + at);
+  };
 
   pool.parallel(static_cast<int64_t>(plan.items.size()), [&](int64_t i, int worker) {
     const AttentionItem& item = plan.items[static_cast<size_t>(i)];
@@ -422,25 +288,23 @@ void attention(Pool& pool, const Attention& a) {
     if (item.tiles > 0) {
       const Span span = visible_span(a, item.seq, item.first, item.count);
       for (int32_t t = 0; t < item.tiles; ++t) {
-        const int64_t at = (item.part + t) * part_rows;
-        start_rows(a, item.seq, item.kv_head, item.first, item.count, part_acc + at * dim, part_row + at);
-        attend_run(a, item.seq, item.kv_head, span, item.tile + t, item.tile + t + 1, part_row + at, count);
+        const int64_t at = first_part + (item.part + t) * part_rows;
+        start(item, 0, item.kv_head, at);
+        attend_run(a, form, item.seq, item.kv_head, span, item.tile + t, item.tile + t + 1, rows + at, count);
       }
       return;
     }
-    float* own_acc = acc + worker * most * dim;
-    TileRow* own = rows + worker * most;
+    const int64_t own = worker * most;
     for (int64_t h = item.kv_head; h < item.kv_head + item.kv_heads; ++h) {
-      for (int64_t s = 0; s < item.seqs; ++s)
-        start_rows(a, item.seq + s, h, item.first, item.count, own_acc + s * count * dim, own + s * count);
+      for (int64_t s = 0; s < item.seqs; ++s) start(item, s, h, own + s * count);
       if (item.seqs > 1) {
-        attend_shared(a, item, h, own);
+        attend_shared(a, form, item, h, rows + own);
       } else {
         const Span span = visible_span(a, item.seq, item.first, item.count);
-        attend_run(a, item.seq, h, span, span.begin(), span.end(), own, count);
+        attend_run(a, form, item.seq, h, span, span.begin(), span.end(), rows + own, count);
       }
       for (int64_t s = 0; s < item.seqs; ++s)
-        finish_rows(a, item.seq + s, h, item.first, item.count, own + s * count);
+        finish_rows(a, item.seq + s, h, item.first, item.count, rows + own + s * count);
     }
   });
 
@@ -448,9 +312,9 @@ void attention(Pool& pool, const Attention& a) {
     const AttentionItem& item = plan.split[static_cast<size_t>(i)];
     const int count = static_cast<int>(item.count * group);
     TileRow* own = rows + worker * most;
-    start_rows(a, item.seq, item.kv_head, item.first, item.count, acc + worker * most * dim, own);
+    start(item, 0, item.kv_head, worker * most);
     for (int32_t t = 0; t < item.tiles; ++t) {
-      const TileRow* part = part_row + (item.part + t) * part_rows;
+      const TileRow* part = rows + first_part + (item.part + t) * part_rows;
       for (int r = 0; r < count; ++r) {
         float old_scale, new_scale;
         merge_scales(1, own + r, &part[r].max, &part[r].sum, &old_scale, &new_scale);
@@ -461,4 +325,15 @@ void attention(Pool& pool, const Attention& a) {
     }
     finish_rows(a, item.seq, item.kv_head, item.first, item.count, own);
   });
+}
+
+void attention(Pool& pool, const Attention& a) {
+  switch (static_cast<KvForm>(a.kv_form)) {
+    case KvForm::kBf16: attention_in(pool, a, Bf16Pairs{}); break;
+    case KvForm::kHalf: attention_in(pool, a, Halves{}); break;
+    case KvForm::kFloat: attention_in(pool, a, Floats{}); break;
+    case KvForm::kInt8: attention_in(pool, a, Int8Pairs{}); break;
+    case KvForm::kE4m3: attention_in(pool, a, Fp8Pairs{4, static_cast<int32_t>(0x87f087f0u), 0x1p60f}); break;
+    case KvForm::kE5m2: attention_in(pool, a, Fp8Pairs{5, static_cast<int32_t>(0x8fe08fe0u), 0x1p52f}); break;
+  }
 }

@@ -1,5 +1,7 @@
 // Norm, rotary embedding with KV store, embedding gather. Included once per instruction set.
 
+#include "kv_forms.inc.h"
+
 inline float mean_square(const float* x, int64_t dim) {
   vf total = zero();
   int64_t i = 0;
@@ -40,10 +42,10 @@ void rms_norm(Pool& pool, const RmsNorm& a) {
   });
 }
 
-// One head: optional norm, then rotation of the first rotary_dim features (halves, as in GPT-NeoX),
-// rounded to bf16. `x` is overwritten.
-inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64_t dim, int64_t rotary, float eps,
-                        bf16* out) {
+// One head in place: optional norm, then rotation of the first rotary_dim features (halves, as in
+// GPT-NeoX).
+inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64_t dim, int64_t rotary,
+                        float eps) {
   const int64_t half = rotary / 2;
   if (norm != nullptr) {
     const vf factor = set1(1.0f / std::sqrt(mean_square(x, dim) + eps));
@@ -62,32 +64,35 @@ inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64
     x[i] = std::fma(a, c, -(b * s));
     x[half + i] = std::fma(b, c, a * s);
   }
-  for (i = 0; i < dim; i += kLanes) store_bf16(out + i, load(x + i));
 }
 
 void rope_store(Pool& pool, const RopeStore& a) {
   constexpr int64_t kTokens = 8;
   const int64_t dim = a.head_dim;
   const int64_t width = (a.heads + 2 * a.kv_heads) * dim;
-  const int64_t block_elements = a.kv_heads * dim * kBlock;
+  const auto form = static_cast<KvForm>(a.kv_form);
+  const int64_t bytes = head_bytes(form, dim);
   pool.parallel((a.tokens + kTokens - 1) / kTokens, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kTokens < a.tokens ? (item + 1) * kTokens : a.tokens;
-    bf16 head[512];
+    alignas(64) char codes[512 * 4];
     for (int64_t t = item * kTokens; t < end; ++t) {
       float* qkv = a.qkv + t * width;
       const float* angles = a.cos_sin + a.positions[t] * a.rotary_dim;
-      for (int64_t h = 0; h < a.heads; ++h)
-        rotate_head(qkv + h * dim, a.q_norm, angles, dim, a.rotary_dim, a.eps, a.q + (t * a.heads + h) * dim);
+      for (int64_t h = 0; h < a.heads; ++h) {
+        float* x = qkv + h * dim;
+        bf16* q = a.q + (t * a.heads + h) * dim;
+        rotate_head(x, a.q_norm, angles, dim, a.rotary_dim, a.eps);
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(q + i, load(x + i));
+      }
       const int64_t block = a.slots[t] / kBlock, at = a.slots[t] % kBlock;
       for (int64_t h = 0; h < a.kv_heads; ++h) {
-        rotate_head(qkv + (a.heads + h) * dim, a.k_norm, angles, dim, a.rotary_dim, a.eps, head);
-        bf16* k = a.k_cache + block * block_elements + h * dim * kBlock + at * 2;
-        for (int64_t i = 0; i < dim; i += 2) std::memcpy(k + i * kBlock, head + i, 2 * sizeof(bf16));
-        // Neighbouring tokens share the pairs of v and may be another thread's: single bf16 are stored.
-        const float* value = qkv + (a.heads + a.kv_heads + h) * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(head + i, load(value + i));
-        bf16* v = a.v_cache + block * block_elements + h * dim * kBlock + at / 2 * dim * 2 + at % 2;
-        for (int64_t i = 0; i < dim; ++i) v[i * 2] = head[i];
+        const int64_t place = (block * a.kv_heads + h) * bytes;
+        float* key = qkv + (a.heads + h) * dim;
+        rotate_head(key, a.k_norm, angles, dim, a.rotary_dim, a.eps);
+        float scale = encode_head(form, key, dim, codes);
+        place_head<true>(form, codes, scale, dim, at, static_cast<char*>(a.k_cache) + place);
+        scale = encode_head(form, qkv + (a.heads + a.kv_heads + h) * dim, dim, codes);
+        place_head<false>(form, codes, scale, dim, at, static_cast<char*>(a.v_cache) + place);
       }
     }
   });

@@ -106,6 +106,10 @@ struct Activate {
   int32_t activation;  // Epilogue::kSiluMul or kGeluTanhMul
 };
 
+// How keys and values are cached; kv_forms.inc.h has the layouts. In forms of 8 bits every token and
+// head has an fp32 scale of its own.
+enum class KvForm : int32_t { kBf16 = 0, kHalf = 1, kFloat = 2, kInt8 = 3, kE4m3 = 4, kE5m2 = 5 };
+
 struct RmsNorm {
   const float* x;       // [rows, ldx]
   const float* weight;  // [dim], any offset already added
@@ -123,16 +127,17 @@ struct RopeStore {
   const int64_t* positions;   // [tokens]
   const int64_t* slots;       // [tokens]
   uint16_t* q;                // bf16 out [tokens, heads, head_dim]
-  uint16_t* k_cache;          // blocks of [kv_heads][head_dim / 2][16 tokens][2]
-  uint16_t* v_cache;          // blocks of [kv_heads][8 token pairs][head_dim][2]
+  void* k_cache;              // blocks of [kv_heads] in kv_form
+  void* v_cache;
   int64_t tokens, heads, kv_heads, head_dim, rotary_dim;
   float eps;
+  int32_t kv_form;
 };
 
 struct Attention {
   const uint16_t* q;            // bf16 [tokens, heads, head_dim]
-  const uint16_t* k_cache;      // as in RopeStore
-  const uint16_t* v_cache;
+  const void* k_cache;          // as in RopeStore
+  const void* v_cache;
   const int32_t* block_tables;  // [seqs, table_stride]
   const int32_t* seq_lens;      // [seqs]
   const int32_t* query_start;   // [seqs + 1]
@@ -140,6 +145,9 @@ struct Attention {
   int64_t seqs, table_stride, heads, kv_heads, head_dim;
   int64_t window;               // 0: none
   float scale, softcap;         // softcap 0: none
+  int32_t kv_form;
+  const float* slopes;          // [heads] or null: slope * (key position - query position) is added
+  const float* sinks;           // [heads] or null: a logit without a value in each softmax
 };
 
 struct Embed {

@@ -126,12 +126,12 @@ struct Runner {
     adapt(l, LoraTarget::kQkv, step.narrow, l.qkv, step.wide, l.qkv.n);
     kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
                               step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
-                              l.head_dim, l.rotary_dim, l.qk_eps});
+                              l.head_dim, l.rotary_dim, l.qk_eps, l.kv_form});
     // After the last layer's keys and values, only rows whose logits are wanted need the rest.
     if (last && step.logit_rows != nullptr && step.num_logits == 0) return;
     kernels.attention(pool, {step.queries, l.k_cache, l.v_cache, step.block_tables[l.group], step.seq_lens,
                              step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
-                             l.kv_heads, l.head_dim, l.window, l.scale, 0.0f});
+                             l.kv_heads, l.head_dim, l.window, l.scale, l.softcap, l.kv_form, l.slopes, l.sinks});
     if (last && step.logit_rows != nullptr) keep_logit_rows(l.heads * l.head_dim);
     into_residual(l, LoraTarget::kOutput, step.attended, l.output, l.output_bias, l.after_attention_norm);
     norm(step.residual, l.feed_norm, l.eps, step.narrow, false);

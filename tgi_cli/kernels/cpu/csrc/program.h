@@ -26,11 +26,15 @@ struct LayerProgram {
   Matrix down;
   const float* down_bias;            // or null
   const float* after_feed_norm;      // [hidden] or null
-  uint16_t* k_cache;
-  uint16_t* v_cache;
+  void* k_cache;
+  void* v_cache;
+  const float* slopes;               // see Attention
+  const float* sinks;
   int64_t heads, kv_heads, head_dim, rotary_dim, window, intermediate, group;
   float scale, qk_eps, eps;
+  float softcap;
   int32_t activation;                // Epilogue::kSiluMul or kGeluTanhMul
+  int32_t kv_form;                   // see KvForm
 };
 
 // The matrices of a layer that an adapter may add to; four a layer, in this order.

@@ -6,6 +6,8 @@
 //                  even product first
 //   dot4<bits>     adds the four products of unsigned codes, less kDotOffset<bits>, and signed bytes above
 //                  -128 to each int32 lane, exactly
+//   dot2_int       adds the two products of a pair of words to each int32 lane, exactly
+//   widen_bytes    signed bytes as words; store_words rounds to words and saturates
 //   keep, blank    choose lanes by count, bits by mask; at_least, is_nan give one bit for each lane
 // and loads, stores, arithmetic and conversions, all rounding to nearest even.
 // Sums over lanes have an order of their own, the same at every call.
@@ -77,7 +79,7 @@ inline vf from_e4m3(vi codes) {
 
 // 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.
 inline vf exp2(vf x) {
-  if (!kScalesToZero) x = max(x, set1(-127.0f));
+  if (!kScalesToZero) x = max(set1(-127.0f), x);  // the second if it is NaN
   const vf n = round_even(x);
   const vf r = sub(x, n);
   vf p = set1(1.326472731e-03f);

@@ -86,6 +86,18 @@ inline int32_t round_to_int8(vf x, int8_t* out) {  // stores kLanes bytes, retur
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
+inline void store_half(uint16_t* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_words(int16_t* p, vf x) {
+  const vi rounded = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(rounded),
+                                                                  _mm256_extracti128_si256(rounded, 1)));
+}
+inline vi widen_bytes(const void* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline void dot2_int(vi& acc, vi a, vi b) { acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 template <int kBits>
 inline void dot4(vi& acc, vi codes, vi bytes) {
   vi products;

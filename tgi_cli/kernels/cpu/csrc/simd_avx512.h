@@ -79,12 +79,23 @@ inline int32_t round_to_int8(vf x, int8_t* out) {  // stores kLanes bytes, retur
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
   return _mm512_reduce_add_epi32(rounded);
 }
+inline void store_half(uint16_t* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_words(int16_t* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+inline vi widen_bytes(const void* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 #if TGI_VNNI
+inline void dot2_int(vi& acc, vi a, vi b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 template <int kBits>
 inline void dot4(vi& acc, vi codes, vi bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(bytes));
 }
 #else
+inline void dot2_int(vi& acc, vi a, vi b) { acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 template <int kBits>
 inline void dot4(vi& acc, vi codes, vi bytes) {
   vi products;

@@ -86,6 +86,16 @@ inline int32_t round_to_int8(vf x, int8_t* out) {  // stores kLanes bytes, retur
   return vaddvq_s32(rounded);
 }
 
+inline void store_half(uint16_t* p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+inline void store_words(int16_t* p, vf x) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x))); }
+inline vi widen_bytes(const void* p) {
+  return vreinterpretq_u32_s16(vmovl_s8(vld1_s8(static_cast<const int8_t*>(p))));
+}
+inline void dot2_int(vi& acc, vi a, vi b) {
+  const int16x8_t x = vreinterpretq_s16_u32(a), y = vreinterpretq_s16_u32(b);
+  const int32x4_t products = vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+  acc = vaddq_u32(acc, vreinterpretq_u32_s32(products));
+}
 inline int8x16_t signed_codes(vi codes, int offset) {
   const uint8x16_t bytes = vreinterpretq_u8_u32(codes);
   return vreinterpretq_s8_u8(offset == 0 ? bytes : veorq_u8(bytes, vdupq_n_u8(128)));
