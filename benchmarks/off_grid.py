@@ -2,12 +2,16 @@
 
     python benchmarks/off_grid.py MODEL OUT
 
-A model that was once stored in 4 bits is easy to quantize again: its weights lie on the old grid.
-The copy computes the same function (which is checked) with norm gains folded into the matrices
-behind them, and the residual stream turned by a fixed random orthogonal matrix. Both are exact for
-models with a norm before each part and no offset in its gain; Gemma's norms behind the parts do not
-commute with a rotation, so such models are refused. Rotation also takes outliers away: what helps
-against outliers (AWQ, SmoothQuant) has less to do on the copy.
+MODEL is a folder or a GGUF file. A model that was once stored in 4 bits is easy to quantize again:
+its weights lie on the old grid. The copy, in bfloat16, computes the same function (which is
+checked) with norm gains folded into the matrices behind them, and the residual stream turned by a
+fixed random orthogonal matrix. Both are exact for models with a norm before each part.
+
+The gains of Gemma's norms behind the parts do not commute with a rotation, but they do with a
+permutation. There the stream is permuted, each value head is turned (and the output matrix's
+inputs with it), and the inner features of the feed-forward part are permuted and rescaled, up
+against down: no group of inputs keeps the scales it had. Rotation also takes outliers away: what
+helps against outliers (AWQ, SmoothQuant) has less to do on a rotated copy.
 """
 
 from __future__ import annotations
@@ -23,28 +27,30 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     """Write the copy of the first argument into the second."""
-    source, out = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    source, out = Path(sys.argv[1]), sys.argv[2]
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source}
+    if source.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
     tokens = torch.arange(100, 228).unsqueeze(0) % model.config.vocab_size
     with torch.inference_mode():
         before = model(tokens).logits
-        rotate(model)
+        (permute if hasattr(model.model.layers[0], "pre_feedforward_layernorm") else rotate)(model)
         after = model(tokens).logits
     off = float((after - before).abs().max() / before.std())
     if off > 1e-3:
         raise SystemExit(f"the copy computes another function: logits differ by {off:.1e} sigma")
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    if source.suffix == ".gguf":  # dense since it was read, but still marked as it was stored
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    model.to(torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(out)
     print(f"{Path(out)}: logits differ by at most {off:.1e} of their deviation")
 
 
 def rotate(model: Any) -> None:
     """Fold every gain and turn the residual stream, in place."""
     core, config = model.model, model.config
-    if not hasattr(core.layers[0], "input_layernorm") or hasattr(
-        core.layers[0], "pre_feedforward_layernorm"
-    ):
-        raise SystemExit(f"`{config.model_type}` has norms that a rotation does not commute with")
     turn = orthogonal(config.hidden_size)
     head = core.embed_tokens.weight.detach().clone()
     if not config.tie_word_embeddings:
@@ -70,6 +76,41 @@ def rotate(model: Any) -> None:
             writer.weight.copy_(_out(writer.weight, turn))
             if writer.bias is not None:
                 writer.bias.copy_(_out(writer.bias[:, None], turn)[:, 0])
+
+
+def permute(model: Any) -> None:
+    """Do what Gemma's norms allow, in place. Its gains are stored less one."""
+    core, config = model.model, model.config
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randperm(config.hidden_size, generator=generator)
+    # One matrix still serves both ends: the last gain stays in its norm.
+    core.embed_tokens.weight.copy_(core.embed_tokens.weight[:, stream])
+    core.norm.weight.copy_(core.norm.weight[stream])
+    turn = orthogonal(config.head_dim)
+    for layer in core.layers:
+        attention, feed = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.pre_feedforward_layernorm, (feed.gate_proj, feed.up_proj)),
+        ):
+            for reader in readers:
+                reader.weight.copy_((reader.weight * (1.0 + norm.weight))[:, stream])
+            norm.weight.zero_()
+        for norm, writer in (
+            (layer.post_attention_layernorm, attention.o_proj),
+            (layer.post_feedforward_layernorm, feed.down_proj),
+        ):
+            writer.weight.copy_(writer.weight[stream])
+            norm.weight.copy_(norm.weight[stream])
+        values = attention.v_proj.weight.double().view(-1, config.head_dim, config.hidden_size)
+        attention.v_proj.weight.copy_((turn.T @ values).flatten(0, 1).float())
+        output = attention.o_proj.weight.double().view(config.hidden_size, -1, config.head_dim)
+        attention.o_proj.weight.copy_((output @ turn).flatten(1).float())
+        inner = torch.randperm(config.intermediate_size, generator=generator)
+        sizes = 0.8 + 0.45 * torch.rand(config.intermediate_size, generator=generator)
+        feed.gate_proj.weight.copy_(feed.gate_proj.weight[inner])
+        feed.up_proj.weight.copy_(feed.up_proj.weight[inner] * sizes[:, None])
+        feed.down_proj.weight.copy_(feed.down_proj.weight[:, inner] / sizes)
 
 
 def orthogonal(size: int) -> Tensor:

@@ -2,13 +2,15 @@ r"""Quantizers side by side: same model, same calibration tokens, same bits; pri
 
     python benchmarks/off_grid.py MODEL COPY
     python benchmarks/quantization.py COPY WORK --group-size 64 \
-        --gptqmodel VENV/bin/python --llmcompressor VENV/bin/python
+        --gptqmodel VENV/bin/python --llmcompressor VENV/bin/python --autoawq VENV/bin/python
 
 The other quantizers want versions of their own (GPT-QModel an older numpy, llm-compressor an older
 transformers), so each runs in its own virtual environment, whose interpreter is named here; one
 that is not named is left out. Every result is loaded by tgi in float32 and measured on the same
 held-out tokens, so that the weights alone are compared; for INT8 and FP8 `tgi quantize` itself
-reports what rounded activations cost. Time and memory are those of the whole process.
+reports what rounded activations cost. Time and memory are those of the whole process; seconds of
+processor time say more than those of the clock where other things run too. A result that is in
+WORK already is measured again, not made again.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from tgi_cli.kernels.backend import select
 from tgi_cli.model.batch import Batch, GroupTables
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
-from tgi_cli.quantize.convert.calibration import samples_of, shipped_text
+from tgi_cli.quantize.convert.calibration import read_text, samples_of, shipped_text
 from tgi_cli.tokenizer import load_tokenizer
 
 OURS = """
@@ -54,6 +55,8 @@ job.run(lambda progress: None)
 job.clean()
 """
 
+NEAREST = OURS.replace('seen = Samples(rows, "tokens")', "seen = None")
+
 GPTQMODEL = """
 import json, sys
 from pathlib import Path
@@ -61,10 +64,31 @@ import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 model, out, method, group, tokens = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
-config = QuantizeConfig(bits=4, group_size=int(group), desc_act=False, sym=True)
+options = {"gptq": {"sym": True}, "awq": {"quant_method": "awq", "format": "gemm", "sym": False}}
+config = QuantizeConfig(bits=4, group_size=int(group), desc_act=False, **options[method])
 loaded = GPTQModel.load(model, config, device="cpu")
 loaded.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
 loaded.save(out)
+"""
+
+AUTOAWQ = """
+import json, sys
+from pathlib import Path
+import torch
+from awq import AutoAWQForCausalLM
+from awq.quantize import quantizer
+from awq.utils import calib_data
+from transformers import AutoTokenizer
+model, out, method, group, tokens = sys.argv[1:]
+rows = json.loads(Path(tokens).read_text())
+# Its own loader wants text; these are the tokens that the others see.
+quantizer.get_calib_dataset = lambda **kw: [torch.tensor([row]) for row in rows]
+loaded = AutoAWQForCausalLM.from_pretrained(
+    model, device_map="cpu", torch_dtype=torch.float32, use_cache=False, low_cpu_mem_usage=True
+)
+config = {"zero_point": True, "q_group_size": int(group), "w_bit": 4, "version": "GEMM"}
+loaded.quantize(AutoTokenizer.from_pretrained(model), quant_config=config)
+loaded.save_quantized(out)
 """
 
 LLMCOMPRESSOR = """
@@ -113,6 +137,15 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of one run: seconds by the clock and of processors, largest resident memory in bytes."""
+
+    seconds: float
+    processor_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Result:
     """Of one tool and method; `failure` says why there are no figures."""
 
@@ -120,8 +153,7 @@ class Result:
     method: str
     perplexity: float = math.nan
     divergence: float = math.nan
-    seconds: float = math.nan
-    peak_bytes: int = 0
+    cost: Cost | None = None
     failure: str = ""
 
 
@@ -131,32 +163,39 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(arguments.model)
     seen = samples_of(
-        shipped_text("calibration"),
+        text(arguments.calibration, "calibration"),
         "calibration",
         tokenizer,
         count=arguments.samples,
         length=arguments.seqlen,
     )
     held_out = samples_of(
-        shipped_text("held_out"), "held out", tokenizer, count=arguments.held_out, length=512
+        text(arguments.held_out_text, "held_out"),
+        "held out",
+        tokenizer,
+        count=arguments.held_out,
+        length=512,
     )
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps(seen.tokens.tolist()))
-    true = next_logs(arguments.model, held_out.tokens)
+    original = Measured(arguments.model, held_out.tokens)
+    true = original.states()
+    before = original.perplexity(true)
     print(f"{len(seen.tokens)} x {seen.shape[1]} tokens of calibration", flush=True)
-    original = perplexity(true, held_out.tokens)
-    print(
-        f"original: perplexity {original:.4f} over {held_out.tokens.numel():,} tokens", flush=True
-    )
+    print(f"original: perplexity {before:.4f} over {held_out.tokens.numel():,} tokens", flush=True)
     results = []
     for method in arguments.methods:
         for tool in quantizers(arguments):
             if method in tool.methods:
                 out = work / f"{tool.name}-{method}"
-                result = measured(tool, method, out, tokens, arguments, true, held_out.tokens)
+                result = measured(tool, method, out, tokens, arguments, original, true)
                 print(result, flush=True)
                 results.append(result)
-    show(results, original)
+    show(results, before)
+
+
+def text(path: str | None, shipped: str) -> str:
+    return shipped_text(shipped) if path is None else read_text(path)
 
 
 def parse() -> argparse.Namespace:
@@ -167,20 +206,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text; that of the package if left out"
+    )
+    parser.add_argument("--held-out-text", metavar="FILE", help="the same for what is measured on")
     parser.add_argument("--held-out", type=int, default=64, help="samples of 512 tokens")
+    parser.add_argument("--tools", nargs="+", help="only these")
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
+    parser.add_argument("--autoawq", metavar="PYTHON")
     return parser.parse_args()
 
 
 def quantizers(arguments: argparse.Namespace) -> list[Quantizer]:
     every = ("gptq", "awq", "fp8", "int8")
-    tools = [Quantizer("tgi", sys.executable, OURS, every)]
-    if arguments.gptqmodel:
-        tools.append(Quantizer("gptqmodel", arguments.gptqmodel, GPTQMODEL, ("gptq",)))
-    if arguments.llmcompressor:
-        tools.append(Quantizer("llm-compressor", arguments.llmcompressor, LLMCOMPRESSOR, every))
-    return tools
+    tools = [
+        Quantizer("tgi", sys.executable, OURS, every),
+        Quantizer("tgi --samples 0", sys.executable, NEAREST, ("fp8",)),
+        Quantizer("gptqmodel", arguments.gptqmodel, GPTQMODEL, ("gptq", "awq")),
+        Quantizer("llm-compressor", arguments.llmcompressor, LLMCOMPRESSOR, every),
+        Quantizer("autoawq", arguments.autoawq, AUTOAWQ, ("awq",)),
+    ]
+    return [
+        tool
+        for tool in tools
+        if tool.python and (arguments.tools is None or tool.name in arguments.tools)
+    ]
 
 
 def measured(
@@ -189,34 +240,35 @@ def measured(
     out: Path,
     tokens: Path,
     arguments: argparse.Namespace,
-    true: torch.Tensor,
-    held_out: torch.Tensor,
+    original: Measured,
+    true: list[torch.Tensor],
 ) -> Result:
-    began = time.monotonic()
-    # `env`: GPT-QModel's pools want two workers, also where there are fewer cores.
-    command = ["env", "GPTQMODEL_CPU_WORKERS=2", tool.python, "-c", tool.program]
-    model = str(Path(arguments.model).resolve())
-    options = [model, str(out), method, str(arguments.group_size), str(tokens)]
-    with out.with_suffix(".log").open("w") as log:
-        code, peak = run([*command, *options], tokens.parent, log)
-    seconds = time.monotonic() - began
-    if code:
-        lines = out.with_suffix(".log").read_text().strip().splitlines() or [f"status {code}"]
-        return Result(tool.name, method, failure=lines[-1][:200])
-    logs = next_logs(str(out), held_out)
-    # In parts: all at once takes as much memory as both tables together.
-    parts = zip(true.split(256), logs.split(256), strict=True)
-    divergence = sum(float((a.exp() * (a - b)).sum()) for a, b in parts) / len(true)
-    return Result(tool.name, method, perplexity(logs, held_out), divergence, seconds, peak)
+    figures = out.with_suffix(".json")
+    if not figures.exists():
+        # `env`: GPT-QModel's pools want two workers, also where there are fewer cores.
+        command = ["env", "GPTQMODEL_CPU_WORKERS=2", tool.python, "-c", tool.program]
+        model = str(Path(arguments.model).resolve())
+        options = [model, str(out), method, str(arguments.group_size), str(tokens)]
+        with out.with_suffix(".log").open("w") as log:
+            code, cost = run([*command, *options], tokens.parent, log)
+        if code:
+            lines = out.with_suffix(".log").read_text().strip().splitlines() or [f"status {code}"]
+            return Result(tool.name, method, failure=lines[-1][:200])
+        figures.write_text(json.dumps(asdict(cost)))
+    cost = Cost(**json.loads(figures.read_text()))
+    perplexity, divergence = Measured(str(out), original.samples).against(original, true)
+    return Result(tool.name, method, perplexity, divergence, cost)
 
 
-def run(command: list[str], folder: Path, log: object) -> tuple[int, int]:
-    """Exit code and peak memory in bytes; a child of a child, so that peaks do not mix."""
+def run(command: list[str], folder: Path, log: object) -> tuple[int, Cost]:
+    """Exit code and cost; a child of a child, so that peaks do not mix."""
     program = (
         "import json, resource, subprocess, sys\n"
         "code = subprocess.call(sys.argv[1:], stdout=sys.stderr)\n"
-        "print(json.dumps([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
+    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", program, *command],
         stdout=subprocess.PIPE,
@@ -225,66 +277,94 @@ def run(command: list[str], folder: Path, log: object) -> tuple[int, int]:
         text=True,
         check=True,
     )
-    code, kibibytes = json.loads(done.stdout)
-    return code, kibibytes * 1024
+    code, processor, kibibytes = json.loads(done.stdout)
+    return code, Cost(time.monotonic() - began, processor, kibibytes * 1024)
 
 
-@torch.inference_mode()
-def next_logs(folder: str, samples: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities behind each token, [tokens, vocabulary], in bfloat16's range, float32."""
-    count, length = samples.shape
-    checkpoint = open_checkpoint(folder).for_length(length)
-    backend = select("cpu")
-    decoder = Decoder.build(checkpoint, backend, torch.float32)
-    tables = GroupTables(torch.arange(length), torch.zeros(1, 1, dtype=torch.int32))
-    caches = [
-        backend.allocate_kv(
-            1, length, layer.attention.num_kv_heads, layer.attention.head_dim, torch.float32
-        )
-        for layer in checkpoint.spec.layers
-    ]
-    logs = torch.empty(count * length, checkpoint.vocab_size, dtype=torch.float32)
-    for index, sample in enumerate(samples):
-        batch = Batch(
-            input_ids=sample,
-            positions=torch.arange(length),
-            query_start=torch.tensor([0, length], dtype=torch.int32),
-            seq_lens=torch.tensor([length], dtype=torch.int32),
-            groups=(tables,) * len(checkpoint.spec.kv_groups),
-            logit_rows=torch.arange(length),
-            adapter_slots=torch.zeros(1, dtype=torch.int32),
-            query_lens=(length,),
-            key_lens=(length,),
-        )
-        logits = decoder.logits(decoder.forward(batch, caches))
-        logs[index * length : (index + 1) * length] = logits.log_softmax(-1)
-    return logs
+class Measured:
+    """A model in float32 on fixed samples [count, length], one sample at a time."""
+
+    def __init__(self, folder: str, samples: torch.Tensor) -> None:
+        self.samples = samples
+        self._checkpoint = open_checkpoint(folder).for_length(samples.shape[1])
+        self._backend = select("cpu")
+        self._decoder = Decoder.build(self._checkpoint, self._backend, torch.float32)
+
+    @torch.inference_mode()
+    def states(self) -> list[torch.Tensor]:
+        """What the head reads, for each sample: [length, width]."""
+        length = self.samples.shape[1]
+        spec = self._checkpoint.spec
+        tables = GroupTables(torch.arange(length), torch.zeros(1, 1, dtype=torch.int32))
+        caches = [
+            self._backend.allocate_kv(
+                1, length, layer.attention.num_kv_heads, layer.attention.head_dim, torch.float32
+            )
+            for layer in spec.layers
+        ]
+        return [
+            self._decoder.forward(
+                Batch(
+                    input_ids=sample,
+                    positions=torch.arange(length),
+                    query_start=torch.tensor([0, length], dtype=torch.int32),
+                    seq_lens=torch.tensor([length], dtype=torch.int32),
+                    groups=(tables,) * len(spec.kv_groups),
+                    logit_rows=torch.arange(length),
+                    adapter_slots=torch.zeros(1, dtype=torch.int32),
+                    query_lens=(length,),
+                    key_lens=(length,),
+                ),
+                caches,
+            ).clone()
+            for sample in self.samples
+        ]
+
+    @torch.inference_mode()
+    def logs(self, states: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities behind each token but the last: [length - 1, vocabulary]."""
+        return self._decoder.logits(states[:-1]).log_softmax(-1)
+
+    def perplexity(self, states: list[torch.Tensor]) -> float:
+        """Of the next tokens within each sample."""
+        pairs = zip(states, self.samples, strict=True)
+        return math.exp(sum(surprise(self.logs(rows), ids) for rows, ids in pairs) / len(states))
+
+    @torch.inference_mode()
+    def against(self, original: Measured, true: list[torch.Tensor]) -> tuple[float, float]:
+        """Perplexity, and the divergence of `original`, whose states are `true`, from this."""
+        nats = divergence = 0.0
+        for rows, wanted, ids in zip(self.states(), true, self.samples, strict=True):
+            logs, other = self.logs(rows), original.logs(wanted)
+            nats += surprise(logs, ids)
+            divergence += float((other.exp() * (other - logs)).sum(-1).double().mean())
+        return math.exp(nats / len(true)), divergence / len(true)
 
 
-def perplexity(logs: torch.Tensor, samples: torch.Tensor) -> float:
-    """Of the next tokens within each sample."""
-    rows = logs.view(*samples.shape, -1)[:, :-1]
-    return math.exp(-float(rows.gather(2, samples[:, 1:, None]).double().mean()))
+def surprise(logs: torch.Tensor, sample: torch.Tensor) -> float:
+    """Mean nats of the tokens behind the first."""
+    return -float(logs.gather(1, sample[1:, None]).double().mean())
 
 
 def show(results: list[Result], original: float) -> None:
-    table = Table("method", "tool", "perplexity", "change", "KL", "seconds", "peak memory")
+    table = Table(
+        "method", "tool", "perplexity", "change", "KL", "seconds", "of processors", "peak memory"
+    )
     for result in results:
         figures = (
-            [result.failure, "", "", "", ""]
-            if result.failure
+            [result.failure, *[""] * 5]
+            if result.cost is None
             else [
                 f"{result.perplexity:.4f}",
                 f"{result.perplexity / original - 1:+.2%}",
                 f"{result.divergence:.4f}",
-                f"{result.seconds:.0f}",
-                f"{result.peak_bytes / 1e9:.2f} GB",
+                f"{result.cost.seconds:.0f}",
+                f"{result.cost.processor_seconds:.0f}",
+                f"{result.cost.peak_bytes / 1e9:.2f} GB",
             ]
         )
         table.add_row(result.method, result.tool, *figures)
     Console(width=140).print(table)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"(this program itself: {own:.1f} GB)")
 
 
 if __name__ == "__main__":

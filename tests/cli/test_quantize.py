@@ -83,12 +83,13 @@ def test_a_text_of_the_user(
         (["--method", "awq", "--bits", 8], "other servers do not", "--bits 4"),
         (["--method", "gptq", "--bits", 3], "other servers do not", "--bits 4"),
         (["--method", "gptq", "--layout", "awq"], "not stored in the layout `awq`", "gptq or"),
-        (["--method", "gptq"], "128 does not divide the 64 inputs", "--group-size 32"),
         (
-            ["--method", "gptq", "--calibration", "org/data"],
-            "`org/data` is not a file",
-            "save the text column as .jsonl",
+            ["--method", "gptq", "--group-size", 32, "--samples", 0],
+            "needs calibration",
+            "--samples 1",
         ),
+        (["--method", "gptq", "--calibration", "my/text.txt"], "is not a file", "data set"),
+        (["--method", "gptq"], "128 does not divide the 64 inputs", "--group-size 32"),
         (
             ["--method", "gptq", "--group-size", 32, "--seqlen", 1024],
             "longer than the model's context of 512",

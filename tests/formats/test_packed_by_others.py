@@ -66,7 +66,7 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, bool]] =
     "w4a16-asym": ("pack-quantized", arguments(group_size=32, symmetric=False), None, True),
     "w4a16-channel": ("pack-quantized", arguments(strategy="channel"), None, True),
     "w4a16-act-order": (
-        "pack-quantized", arguments(group_size=32, actorder="group"), None, False,
+        "pack-quantized", arguments(group_size=32, actorder="group"), None, True,
     ),
     "w8a16": ("pack-quantized", arguments(num_bits=8, group_size=128), None, True),
     "w8a8": ("int-quantized", arguments(num_bits=8, strategy="channel"), INT8_TOKENS, True),

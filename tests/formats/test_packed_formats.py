@@ -18,6 +18,7 @@ from tests.golden.paged import Paged, paged
 from tgi_cli.errors import CheckpointError, TgiError, UnsupportedModel, UsageError
 from tgi_cli.kernels.backend import select
 from tgi_cli.kernels.cpu import library
+from tgi_cli.kernels.grouped import INT4, INT8, GroupScheme, wide
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 from tgi_cli.quantize.formats.base import WHOLE, Shard
@@ -62,11 +63,11 @@ CASES: dict[str, tuple[Packer, dict[str, Any], bool]] = {
     "gptq-3": (packers.gptq(bits=3), gptq_config(bits=3), True),
     "gptq-3-asym": (packers.gptq(bits=3, symmetric=False), gptq_config(bits=3, sym=False), True),
     "gptq-2": (packers.gptq(bits=2, symmetric=False), gptq_config(bits=2, sym=False), True),
-    "gptq-act-order": (packers.gptq(shuffle=3), gptq_config(desc_act=True), False),
+    "gptq-act-order": (packers.gptq(shuffle=3), gptq_config(desc_act=True), True),
     "gptq-act-order-asym": (
         packers.gptq(shuffle=3, symmetric=False, group=64),
         gptq_config(desc_act=True, sym=False, group_size=64),
-        False,
+        True,
     ),
     "awq": (packers.awq(), awq_config(version="gemm"), True),
     "awq-128": (packers.awq(128), awq_config(group_size=128), True),
@@ -176,10 +177,64 @@ def test_shards_of_the_inputs_keep_groups_whole(
     whole = form.load(source, KEY, WHOLE, torch.float32)
     parts = [form.load(source, KEY, Shard(1, rank, world), torch.float32) for rank in range(world)]
     assert torch.equal(torch.cat([part.dequantize() for part in parts], 1), whole.dequantize())
-    if isinstance(whole, GroupedWeight):
+    if isinstance(whole, GroupedWeight) and whole.order is not None:
+        assert {type(part) for part in parts} == {DenseWeight}  # groups reach into other shards
+    elif isinstance(whole, GroupedWeight):
         assert {type(part) for part in parts} == {GroupedWeight}
         codes = torch.cat([part.rows(3, 9).codes for part in parts], 1)
         assert torch.equal(codes, whole.rows(3, 9).codes)
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_parts_in_different_orders_become_one_dense_matrix(part: str, tmp_path: Path) -> None:
+    packed, _ = write_pair(tmp_path, packers.gptq(shuffle=3), gptq_config(desc_act=True))
+    stem = "model.layers.1.self_attn."
+    keys = [f"{stem}{name}.weight" for name in ("q_proj", "k_proj", "v_proj")]
+    source = open_checkpoint(str(packed)).source
+    edit(packed, **{f"{stem}{part}.g_idx": source.read(f"{stem}{part}.g_idx").flip(0)})
+    checkpoint = open_checkpoint(str(packed)).keeping_blocks()
+    form, source = checkpoint.format, checkpoint.source
+    assert form.scheme(source, keys) is None
+    assert form.scheme(source, keys[:1]) is not None
+    parts = [form.load(source, key, WHOLE, torch.float32) for key in keys]
+    fused = form.fuse(parts)
+    assert isinstance(fused, DenseWeight)
+    assert torch.equal(fused.dequantize(), torch.cat([each.dequantize() for each in parts]))
+
+
+def test_groups_of_unequal_sizes_are_decoded(tmp_path: Path) -> None:
+    packed, _ = write_pair(tmp_path, packers.gptq(shuffle=3), gptq_config(desc_act=True))
+    name = KEY.replace("weight", "g_idx")
+    index = open_checkpoint(str(packed)).source.read(name)
+    edit(packed, **{name: index.clamp(min=1)})
+    checkpoint = open_checkpoint(str(packed)).keeping_blocks()
+    assert checkpoint.format.scheme(checkpoint.source, [KEY]) is None
+    weight = checkpoint.format.load(checkpoint.source, KEY, WHOLE, torch.float32)
+    assert isinstance(weight, DenseWeight)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "like", "ratio"),
+    [
+        ("gptq-sym", INT4, INT4, 1.0),
+        ("gptq-act-order", INT4, INT4, 1.0),
+        ("gptq-no-index", wide(4, 128), INT4, 0.95),
+        ("gptq-3", INT4, INT4, 1.0),
+        ("awq-128", wide(4, 128, minimum=True), INT4, 1.0),
+        ("gptq-8", INT8, INT8, 1.0),
+        ("fp8-block", wide(8, 128, codes="e4m3"), INT8, 0.98),
+        ("mxfp4", wide(4, 32, codes="e2m1"), INT4, 1.12),
+    ],
+)
+def test_formats_meet_in_the_layouts_of_gguf(
+    name: str, scheme: GroupScheme, like: GroupScheme, ratio: float, tmp_path: Path
+) -> None:
+    packer, config, _ = CASES[name]
+    packed, _ = write_pair(tmp_path, packer, config)
+    checkpoint = open_checkpoint(str(packed)).keeping_blocks()
+    assert checkpoint.format.scheme(checkpoint.source, [KEY]) == scheme
+    # What a decoded token reads, beside Q4_0 or Q8_0.
+    assert scheme.nbytes(64, 128) <= ratio * like.nbytes(64, 128)
 
 
 def test_scales_may_be_bfloat16(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class File:
 
 @dataclass
 class Repo:
+    """A model; one whose name begins with `datasets/` is a data set."""
+
     files: dict[str, File]
     gated: bool = False  # nobody has been let in
     private: bool = False  # only TOKEN may see it
@@ -128,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send_stored(parts[1])
         elif parts[:2] == ["api", "models"]:
             self._api("/".join(parts[2:4]), parts[4:], parse_qs(url.query))
+        elif parts[:2] == ["api", "datasets"]:
+            self._api("/".join(parts[1:4]), parts[4:], parse_qs(url.query))
         elif "resolve" in parts:
             at = parts.index("resolve")
             self._resolve("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))

@@ -12,6 +12,7 @@ class RandomGroups:
     """A `GroupedRows` of random codes, scales and minima."""
 
     wide_activations = False
+    order: Tensor | None = None
 
     def __init__(self, scheme: GroupScheme, rows: int, columns: int) -> None:
         generator = torch.Generator().manual_seed(rows * 1000 + columns)

@@ -122,6 +122,25 @@ def test_bf16_activations_multiply_as_with_the_dense_matrix(
         assert torch.equal(packed.matmul_float(x[:tokens]), dense.matmul_float(x[:tokens])), tokens
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATS], ids=name_of)
+@pytest.mark.parametrize("wide", [False, True])
+def test_inputs_out_of_order_are_gathered(
+    scheme: GroupScheme, wide: bool, context: library.Context
+) -> None:
+    columns = -(-128 // scheme.group) * scheme.group
+    plain, ordered = RandomGroups(scheme, 96, columns), RandomGroups(scheme, 96, columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    ordered.order = order
+    first, other = (
+        PackedWeight.grouped(context, weight, wide_activations=wide) for weight in (ordered, plain)
+    )
+    for tokens in (1, 5, 97):
+        x = activations(columns)[:tokens]
+        wanted = other.matmul_float(x[:, order].contiguous())
+        assert torch.equal(first.matmul_float(x), wanted)
+    assert torch.equal(first.dequantize()[:, order], other.dequantize())
+
+
 @pytest.mark.parametrize("scheme", [INT8, INT4, INT4_MINIMUM], ids=name_of)
 def test_epilogues(scheme: GroupScheme, context: library.Context) -> None:
     rows, columns = 96, 64

@@ -26,11 +26,12 @@ def job(
     bits: int | None = None,
     group_size: int | None = None,
     layout: str | None = None,
+    calibrated: bool = True,
 ) -> Job:
     return Job(
         open_checkpoint(str(model)),
         Recipe.choose(method, bits, group_size, layout),
-        samples(24, 64, seed=1),
+        samples(24, 64, seed=1) if calibrated else None,
         samples(4, 48, seed=2),
         select("cpu", num_threads=1),
         output,

@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq-compressed": {"method": "gptq", "group_size": 32, "layout": "compressed-tensors"},
     "awq": {"method": "awq", "group_size": 32},
     "fp8": {"method": "fp8"},
+    "fp8-nearest": {"method": "fp8", "calibrated": False},
     "int8": {"method": "int8"},
 }
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"fp8": round_fp8, "int8": round_int8}
@@ -89,7 +90,7 @@ def test_what_is_written_is_what_was_measured(
     assert sum(a == b for a, b in zip(best, outcome.expected, strict=True)) >= 46
 
 
-@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("recipe", [*METHODS, "fp8-nearest"])
 def test_errors_are_those_of_the_written_matrices(
     converted: Callable[..., Any], recipe: str
 ) -> None:
@@ -101,7 +102,7 @@ def test_errors_are_those_of_the_written_matrices(
         weight = before.read(f"{name}.weight")
         moved = float((after[f"{name}.weight"] - weight).norm() / weight.norm())
         assert moved < 0.25
-        if recipe == "fp8":
+        if recipe == "fp8-nearest":
             assert error == pytest.approx(moved, rel=1e-3)
     assert outcome.worst()[0][1] == max(outcome.errors.values())
 
@@ -151,7 +152,7 @@ def test_storage(converted: Callable[..., Any], recipe: str) -> None:
         assert config["zero_point"] is True
         assert config["version"] == "gemm"
     else:
-        code = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[recipe]
+        code = torch.int8 if recipe == "int8" else torch.float8_e4m3fn
         assert shapes == {
             "weight": (code, (32, 64)),
             "weight_scale": (torch.float32, (32, 1)),

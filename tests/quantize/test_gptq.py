@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError
+from tgi_cli.quantize.methods import fp8
 from tgi_cli.quantize.methods.gptq import solve
 from tgi_cli.quantize.methods.grid import Grid, fit
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
@@ -54,6 +55,16 @@ def test_solves_as_the_paper_does(symmetric: bool, bits: int) -> None:
     assert (ours == plain.float()).float().mean() > 0.95
     errors = [output_error(weight, each, moments) for each in (ours, plain.float())]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_fp8_beats_rounding_to_nearest() -> None:
+    weight, moments = problem()
+    grid = fp8.fit(weight)
+    errors = [
+        output_error(weight, each.dequantize(), moments)
+        for each in (solve(weight, moments, grid), grid.nearest(weight))
+    ]
+    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

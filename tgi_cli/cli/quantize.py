@@ -7,6 +7,7 @@ progress and tells the result.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_SAMPLES = 32
 _HELD_OUT_LENGTH = 512  # tokens
+_CHARACTERS = 8  # read of a data set for each token that is asked for: twice what most texts take
 
 
 def command(
@@ -48,13 +50,20 @@ def command(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Calibration text, .txt or .jsonl; ours if not given."),
+        typer.Option(
+            metavar="TEXT",
+            help="Calibration text: .txt or .jsonl, or owner/name[:config[:split]] on the hub; "
+            "ours if not given.",
+        ),
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text to measure the result on; ours if not given."),
+        typer.Option(metavar="TEXT", help="The same for the text to measure the result on."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples at most.")] = 128,
+    samples: Annotated[
+        int,
+        typer.Option(min=0, help="Calibration samples at most; 0, to use no text, with fp8 alone."),
+    ] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[
@@ -95,14 +104,14 @@ def command(
 
     path = hub.resolve(model, revision=revision, token=token, cache_dir=cache_dir)
     checkpoint = open_checkpoint(str(path))
-    tokenizer = load_tokenizer(str(path))
+    texts = _Texts(load_tokenizer(str(path)), token, cache_dir)
     seen = None
-    if recipe.calibrated:
-        seen = _samples("calibration", calibration, tokenizer, samples, seqlen)
+    if samples:
+        seen = texts.samples("calibration", calibration, samples, seqlen)
     elif calibration is not None:
-        printer.say("--calibration has no meaning for fp8, which looks at no text")
+        printer.say("--calibration has no meaning with --samples 0")
     length = min(_HELD_OUT_LENGTH, seqlen, checkpoint.max_position_embeddings)
-    measured = _samples("held_out", held_out, tokenizer, _HELD_OUT_SAMPLES, length)
+    measured = texts.samples("held_out", held_out, _HELD_OUT_SAMPLES, length)
     backend = select(device, num_threads=usable_cores())
     job = Job(checkpoint, recipe, seen, measured, backend, output)
     needed = job.requirements
@@ -134,12 +143,33 @@ def command(
         printer.data(str(output))
 
 
-def _samples(name: str, path: str | None, tokenizer: Tokenizer, count: int, length: int) -> Samples:
-    from tgi_cli.quantize.convert.calibration import read_text, samples_of, shipped_text
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Gets what options of texts name, cut into samples."""
 
-    text = shipped_text(name) if path is None else read_text(path)
-    source = path or f"the {name.replace('_', '-')} text of the package"
-    return samples_of(text, source, tokenizer, count=count, length=length)
+    tokenizer: Tokenizer
+    token: str | None
+    cache_dir: Path | None
+
+    def samples(self, name: str, given: str | None, count: int, length: int) -> Samples:
+        from tgi_cli.quantize.convert.calibration import samples_of, shipped_text
+
+        if given is None:
+            text, source = shipped_text(name), f"the {name.replace('_', '-')} text of the package"
+        else:
+            text, source = self._text(given, count * length * _CHARACTERS), given
+        return samples_of(text, source, self.tokenizer, count=count, length=length)
+
+    def _text(self, given: str, enough: int) -> str:
+        from tgi_cli.hub_datasets import DatasetName, parquet_files
+        from tgi_cli.quantize.convert.calibration import read_text
+        from tgi_cli.quantize.convert.dataset_text import dataset_text
+
+        name = None if Path(given).exists() else DatasetName.parse(given)
+        if name is None or given.endswith((".txt", ".jsonl", ".ndjson")):
+            return read_text(given)
+        files = parquet_files(name, token=self.token, cache_dir=self.cache_dir)
+        return dataset_text(given, files, enough)
 
 
 def _report(model: str, job: Job, outcome: Outcome, *, verify: bool) -> Report:

@@ -107,13 +107,16 @@ class Grouped:
 class GroupedRows(Protocol):
     """A weight that can give itself as groups, some rows at a time.
 
-    `wide_activations` asks to multiply integers by bf16 activations instead of int8 ones.
+    `wide_activations` asks to multiply integers by bf16 activations instead of int8 ones. Where the
+    inputs of a group are not side by side, `order` [in_features] says which input each column of
+    `rows` belongs to; else it is None.
     """
 
     in_features: int
     out_features: int
     scheme: GroupScheme
     wide_activations: bool
+    order: Tensor | None
 
     def rows(self, start: int, end: int) -> Grouped:
         """Rows `start` up to `end`."""

@@ -21,7 +21,7 @@ COMES_WITH = {
     "filelock": "huggingface-hub: the locks of its cache",
 }
 #: Extras that a module may import where it needs them.
-FEATURES = ("otel",)
+FEATURES = ("otel", "datasets")
 
 
 def imports(path: Path) -> Iterator[str]:

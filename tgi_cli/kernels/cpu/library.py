@@ -47,6 +47,7 @@ class Matrix(ctypes.Structure):
         ("n", _INT64),
         ("k", _INT64),
         *((name, _INT32) for name in ("form", "group", "wide_activations")),
+        ("order", _POINTER),
     )
 
 

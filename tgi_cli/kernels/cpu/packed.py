@@ -103,7 +103,7 @@ class PackedWeight:
     """A matrix in panels of `PANEL` outputs; `data` is laid out as its form in `csrc` says.
 
     `scheme` is None for bf16. Grouped integers multiply activations rounded to int8, or with
-    `wide_activations` bf16 ones, as floats always do.
+    `wide_activations` bf16 ones, as floats always do. `order` is that of `GroupedRows`.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class PackedWeight:
         *,
         interleaved: bool,
         wide_activations: bool = False,
+        order: Tensor | None = None,
     ) -> None:
         self.out_features, self.in_features = shape
         self.scheme = scheme
@@ -124,6 +125,7 @@ class PackedWeight:
         self._context = context
         self._form = BF16 if scheme is None else form_of(scheme)
         self._wide_activations = wide_activations
+        self._order = order
 
     @classmethod
     def empty(
@@ -134,6 +136,7 @@ class PackedWeight:
         *,
         interleaved: bool = False,
         wide_activations: bool = False,
+        order: Tensor | None = None,
         data: Tensor | None = None,
     ) -> PackedWeight:
         """A matrix of this shape to be filled, in `data` (uint8 of its `matrix_bytes`) if given.
@@ -155,6 +158,7 @@ class PackedWeight:
             scheme,
             interleaved=interleaved,
             wide_activations=wide_activations,
+            order=None if order is None else order.to(torch.int32).contiguous(),
         )
 
     @classmethod
@@ -182,6 +186,7 @@ class PackedWeight:
             weight.scheme,
             interleaved=interleaved,
             wide_activations=wide_activations,
+            order=weight.order,
         )
         for start, end in made.parts():
             made.fill(weight.rows, start, end)
@@ -249,12 +254,15 @@ class PackedWeight:
             dense = self.data.permute(0, 2, 1, 3).reshape(-1, columns)
         else:
             dense = self.scheme.decode(self._unpacked(self.scheme))
+        if self._order is not None:
+            dense = dense[:, self._order.argsort()]
         return deinterleave(dense[:rows]) if self.interleaved else dense[:rows].contiguous()
 
     def _matrix(self, address: int, rows: int) -> Matrix:
         group = 0 if self.scheme is None else self.scheme.group
         wide = int(self._wide_activations)
-        return Matrix(address, rows, self.in_features, self._form, group, wide)
+        order = pointer(self._order)
+        return Matrix(address, rows, self.in_features, self._form, group, wide, order)
 
     def _fill_floats(self, found: list[Tensor], start: int, end: int) -> None:
         rows = found[0] if len(found) == 1 else interleave(torch.cat(found))

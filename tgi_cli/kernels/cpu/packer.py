@@ -47,9 +47,10 @@ class Packer:
         rows: Callable[[int, int], Any]
         if grouped is not None:
             scheme, wide, rows = grouped.scheme, grouped.wide_activations, grouped.rows
+            order = grouped.order
         else:
             assert isinstance(weight, FloatRows)
-            scheme, wide, rows = None, False, weight.float_rows
+            scheme, wide, rows, order = None, False, weight.float_rows, None
         shape = (weight.out_features, weight.in_features)
         made = PackedWeight.empty(
             self.context,
@@ -57,6 +58,7 @@ class Packer:
             scheme,
             interleaved=interleaved,
             wide_activations=wide,
+            order=order,
             data=self._buffer(name, matrix_bytes(scheme, *shape)),
         )
         if not self._filled:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tgi_cli.errors import UsageError
 from tgi_cli.tokenizer import Tokenizer
 
 _SHIPPED = files("tgi_cli.quantize.convert").joinpath("texts")
-_JOIN = "\n\n"
+JOIN = "\n\n"  # between two texts of a file or data set
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ def read_text(path: str) -> str:
     if not file.is_file():
         raise UsageError(
             f"the text `{path}` is not a file",
-            hint="give a .txt or .jsonl file, or leave the option out for the text of the package; "
-            "of a data set on the hub, save the text column as .jsonl first",
+            hint="give a .txt or .jsonl file, or a data set, owner/name[:config[:split]];"
+            " leave it out for the text of the package",
         )
     try:
         text = file.read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def read_text(path: str) -> str:
     if file.suffix not in (".jsonl", ".ndjson"):
         return text
     lines = [line for line in text.splitlines() if line.strip()]
-    return _JOIN.join(_line_text(path, number, line) for number, line in enumerate(lines, 1))
+    return JOIN.join(_line_text(path, number, line) for number, line in enumerate(lines, 1))
 
 
 def samples_of(text: str, source: str, tokenizer: Tokenizer, *, count: int, length: int) -> Samples:
@@ -93,17 +94,24 @@ def samples_of(text: str, source: str, tokenizer: Tokenizer, *, count: int, leng
     return Samples(torch.tensor(rows, dtype=torch.int64), source)
 
 
+def row_text(row: dict[str, Any]) -> str | None:
+    """The `text` of a row, or its `messages` one after the other; None if it has neither."""
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    messages = row.get("messages")
+    if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
+        return "\n".join(str(each.get("content") or "") for each in messages)
+    return None
+
+
 def _line_text(path: str, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
         raise UsageError(f"line {number} of `{path}` is not JSON: {error}") from error
-    if isinstance(value, dict):
-        if isinstance(value.get("text"), str):
-            return str(value["text"])
-        messages = value.get("messages")
-        if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
-            return "\n".join(str(each.get("content", "")) for each in messages)
+    text = row_text(value) if isinstance(value, dict) else None
+    if text is not None:
+        return text
     raise UsageError(
         f"line {number} of `{path}` has neither `text` nor `messages`",
         hint='every line is an object such as {"text": "..."}',

@@ -87,7 +87,7 @@ class Job:
     Args:
         checkpoint: an opened, unquantized safetensors checkpoint.
         recipe: what to do.
-        calibration: text that methods look at; FP8 does not.
+        calibration: text whose activations the method looks at; FP8 may do without.
         held_out: text that the result is measured on.
         backend: where it runs.
         output: the folder to write; new or empty, or that of an unfinished run.
@@ -112,6 +112,11 @@ class Job:
                 hint="quantize the model as it was published in bfloat16 or float16 safetensors",
             )
         recipe.check(checkpoint.spec)
+        if calibration is None and recipe.needs_text:
+            raise UsageError(
+                f"--method {recipe.method} needs calibration text",
+                hint="use --samples 1 or more, or --method fp8, which can do without",
+            )
         texts = [text for text in (calibration, held_out) if text is not None]
         length = max(text.tokens.shape[1] for text in texts)
         if length > checkpoint.max_position_embeddings:
@@ -122,7 +127,7 @@ class Job:
             )
         self.checkpoint = checkpoint.for_length(length)
         self.recipe, self.backend, self.output = recipe, backend, output
-        self.calibration = calibration if recipe.calibrated else None
+        self.calibration = calibration
         self.held_out = held_out
         self.files = StateFile(output)
 
@@ -130,7 +135,7 @@ class Job:
     def requirements(self) -> Requirements:
         """What running it takes."""
         calibration = (0, 0) if self.calibration is None else self.calibration.shape
-        return estimate(self.checkpoint, self.recipe, calibration, self.held_out.shape)
+        return estimate(self.checkpoint, calibration, self.held_out.shape)
 
     @torch.inference_mode()
     def run(self, listener: Listener, *, resume: bool = False) -> Outcome:

@@ -17,9 +17,8 @@ from tgi_cli.quantize.convert.folding import fold, tied
 from tgi_cli.quantize.convert.layer_work import LayerWork, Point
 from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import Stream
-from tgi_cli.quantize.methods import gptq
+from tgi_cli.quantize.methods import fp8, gptq
 from tgi_cli.quantize.methods.activations import round_fp8, round_int8
-from tgi_cli.quantize.methods.fp8 import quantize_rows
 from tgi_cli.quantize.methods.grid import fit
 from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
@@ -34,7 +33,7 @@ class QuantizedLayer:
     errors: dict[str, float]
 
 
-#: Quantizes a layer; the stream holds its calibration inputs, None for methods without.
+#: Quantizes a layer; the stream holds its calibration inputs, None where there are none.
 Procedure = Callable[[LayerWork, Stream | None, Recipe, torch.dtype], QuantizedLayer]
 
 
@@ -54,12 +53,21 @@ def gptq_layer(
 def fp8_layer(
     work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
 ) -> QuantizedLayer:
-    """Every row by its largest magnitude; activations are rounded too, as servers do."""
+    """One scale a row, then GPTQ, or rounding to nearest where there is no text.
+
+    Activations are rounded too, as servers do.
+    """
     done = QuantizedLayer({}, {})
     work.round_inputs(round_fp8)
     for point in work.points:
         weight = work.weight(point)
-        _store(work, point, quantize_rows(weight), weight, None, done)
+        grid = fp8.fit(weight)
+        if stream is None:
+            _store(work, point, grid.nearest(weight), weight, None, done)
+        else:
+            [inputs] = work.observe(stream, [point])
+            matrix = gptq.solve(weight, inputs.moments, grid)
+            _store(work, point, matrix, weight, inputs, done)
     return done
 
 

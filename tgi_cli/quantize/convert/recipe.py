@@ -46,8 +46,8 @@ class Recipe:
         return _LAYOUTS[self.method][self.layout_name]()
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the method looks at activations."""
+    def needs_text(self) -> bool:
+        """Whether the method cannot do without activations to look at."""
         return self.method != "fp8"
 
     @property

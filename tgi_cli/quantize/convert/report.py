@@ -84,7 +84,7 @@ class Report:
             ("KL divergence", f"{quality.divergence:.4f} nats per token"),
             ("same best token", f"{quality.agreement:.1%}"),
             ("measured on", f"{quality.tokens:,} tokens of {self.held_out}"),
-            ("calibrated on", self.calibration or "nothing; the method needs no text"),
+            ("calibrated on", self.calibration or "no text; rounded to nearest"),
             ("took", f"{outcome.seconds:.0f} s, at most {gigabytes(outcome.peak_bytes)} of memory"),
         ]
 
@@ -99,7 +99,7 @@ class Report:
         )
         meaning = (
             "relative error of its output on the calibration text"
-            if self.recipe.calibrated
+            if self.calibration is not None
             else "relative error of its weights"
         )
         return f"""---

@@ -11,7 +11,6 @@ from tgi_cli.errors import OutOfMemory
 from tgi_cli.hub_faults import gigabytes
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.quantize.convert.layer_work import points_of
-from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import batch_samples
 
 _PROGRAM = 500 << 20  # Python, torch and their libraries
@@ -49,28 +48,26 @@ class Requirements:
 
 def estimate(
     checkpoint: Checkpoint,
-    recipe: Recipe,
     calibration: tuple[int, int],
     held_out: tuple[int, int],
 ) -> Requirements:
-    """What quantizing takes; samples and length of the calibration and of the held-out text."""
+    """What quantizing takes; samples and length of the texts, (0, 0) for no calibration."""
     spec, source = checkpoint.spec, checkpoint.source
-    layer = max(_layer_bytes(checkpoint, recipe, index) for index in range(len(spec.layers)))
-    length = max(calibration[1] if recipe.calibrated else 0, held_out[1])
+    calibrated = calibration[0] > 0
+    layer = max(_layer_bytes(checkpoint, calibrated, index) for index in range(len(spec.layers)))
+    length = max(calibration[1], held_out[1])
     table = math.prod(source.shape(spec.names.embedding)) * 4
     # The head: its matrix, and log-probabilities of two models for a few rows.
     ends = table + 6 * 128 * spec.vocab_size * 4
     memory = _PROGRAM + max(layer + _activation_bytes(checkpoint, length), ends)
     width = spec.hidden_size * 4
-    streams = 2 * math.prod(held_out) * width
-    if recipe.calibrated:
-        streams += math.prod(calibration) * width
+    streams = (2 * math.prod(held_out) + math.prod(calibration)) * width
     stored = sum(map(source.nbytes, source.keys()))
     # The next layer's states are whole before this one's go; finished layers are joined once.
     return Requirements(memory, 2 * streams + 2 * stored)
 
 
-def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, index: int) -> int:
+def _layer_bytes(checkpoint: Checkpoint, calibrated: bool, index: int) -> int:
     """The layer in float32 thrice (read, stacked, replaced), and the largest point's own needs."""
     source = checkpoint.source
     whole = largest = 0
@@ -79,7 +76,7 @@ def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, index: int) -> int:
         elements = sum(map(math.prod, shapes))
         columns = shapes[0][1]
         # Moments, their permuted copy, factor and inverse; transposed weights, codes and errors.
-        square = 5 * columns * columns if recipe.calibrated else 0
+        square = 5 * columns * columns if calibrated else 0
         largest = max(largest, 4 * (square + 5 * elements))
         whole += elements
     return 3 * 4 * whole + largest

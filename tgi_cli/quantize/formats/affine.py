@@ -49,7 +49,8 @@ class AffineMatrix(ABC):
         # Inputs out of order, or one scale for all of them: any cut leaves whole groups.
         free = index is not None or group >= self.in_features
         self.group = 1 if free else group
-        self.scheme = None if index is not None else self._fitting(scale)
+        self.order = None if index is None else torch.argsort(index, stable=True)
+        self.scheme = None if self._uneven() else self._fitting(scale)
 
     @abstractmethod
     def codes(self, start: int, end: int) -> Tensor:
@@ -81,12 +82,15 @@ class AffineMatrix(ABC):
     def rows(self, start: int, end: int) -> Grouped:
         """Rows in `scheme`, zero points as minima.
 
-        Scales are repeated where a short last group makes the scheme's groups smaller. A minimum
-        is `-zero * scale` in float32, exact for products of half-precision scales and codes.
+        With act-order the inputs are sorted by group. Scales are repeated where a short last
+        group makes the scheme's groups smaller. A minimum is `-zero * scale` in float32, exact for
+        products of half-precision scales and codes.
         """
         scheme = self.scheme
         assert scheme is not None
         codes, scales = self.codes(start, end), finite(self.key, self.scales(start, end))
+        if self.order is not None:
+            codes = codes[:, self.order]
         minima = None
         if scheme.minimum:
             middle = 1 << (self.bits - 1)
@@ -95,6 +99,13 @@ class AffineMatrix(ABC):
         elif scheme.bits > self.bits:
             codes += (1 << (scheme.bits - 1)) - (1 << (self.bits - 1))
         return Grouped(codes, self._spread(scales.to(scheme.scale), scheme), minima)
+
+    def _uneven(self) -> bool:
+        """Whether inputs that are sorted by group are no groups of one size."""
+        if self._index is None:
+            return False
+        sizes = torch.bincount(self._index)
+        return bool((sizes != self._size).any())
 
     def _fitting(self, scale: torch.dtype) -> GroupScheme | None:
         group = self._size if self.in_features % self._size == 0 else RUN

@@ -66,6 +66,7 @@ class RoundedMatrix:
         self.nbytes = dense.nbytes
         scheme = rounding.scheme(self.in_features)
         self.scheme: GroupScheme | None = scheme if self.in_features % rounding.unit == 0 else None
+        self.order: Tensor | None = None
         # One scale for a whole row is that of every part of it.
         self.group = 1 if scheme.group == self.in_features else scheme.group
         self._dense, self._rounding = dense, rounding

@@ -63,6 +63,7 @@ class Fp8Matrix:
         self.weight, self.scales, self.block = weight, scales, block
         self.group = 1 if block[1] >= self.in_features else block[1]
         self.scheme: GroupScheme | None = None
+        self.order: Tensor | None = None
         width = min(block[1], self.in_features)
         if (
             weight.dtype == torch.float8_e4m3fn

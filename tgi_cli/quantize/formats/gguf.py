@@ -96,6 +96,7 @@ class BlockMatrix:
     """A matrix of blocks as stored (`packed.StoredMatrix`)."""
 
     group = 1
+    order: Tensor | None = None
 
     def __init__(self, packed: PackedTensor) -> None:
         self.packed = packed

@@ -32,6 +32,7 @@ class StoredMatrix(Protocol):
 
     `scheme` is what a kernel may hold it in without loss, None if there is no such kernel. `group`
     is the number of inputs that share a scale, which a shard must not cut; 1 if any cut will do.
+    `order` is None, or the input that each column of `rows` belongs to, as int64 [in_features].
     """
 
     in_features: int
@@ -39,6 +40,7 @@ class StoredMatrix(Protocol):
     nbytes: int
     group: int
     scheme: GroupScheme | None
+    order: Tensor | None
 
     def decode(self, start: int, end: int) -> Tensor:
         """Rows `start` up to `end` in float32."""
@@ -68,7 +70,9 @@ class Slice:
         self.out_features = end - start if shard.dim == 0 else whole.out_features
         self.nbytes = whole.nbytes // shard.world_size
         self.group = whole.group
-        scheme = whole.scheme
+        scheme, self.order = whole.scheme, whole.order
+        if shard.dim == 1 and whole.order is not None:
+            scheme, self.order = None, None  # its groups have inputs in other shards
         # One scale for a whole row is that of every part of it.
         self._rows_share = scheme is not None and scheme.group == whole.in_features
         if scheme is not None and self._rows_share:
@@ -116,10 +120,11 @@ class GroupedWeight:
     ) -> None:
         schemes = {part.scheme for part in parts}
         scheme = schemes.pop()
-        if schemes or scheme is None:
-            raise ValueError("only matrices of one scheme can be stacked")
+        if schemes or scheme is None or not _one_order(parts):
+            raise ValueError("only matrices of one scheme and order can be stacked")
         self.parts = tuple(parts)
         self.scheme = scheme
+        self.order = parts[0].order
         self.dtype = dtype
         self.wide_activations = wide_activations
         self.in_features = parts[0].in_features
@@ -185,12 +190,14 @@ class GroupedTable(GroupedWeight):
 
 
 def stack(parts: Sequence[Weight]) -> Weight:
-    """Stack along the output: packed where all are of one scheme, else dense."""
+    """Stack along the output: packed where all are of one scheme and order, else dense."""
     grouped = [part for part in parts if isinstance(part, GroupedWeight)]
-    if len(grouped) == len(parts) and len({part.scheme for part in grouped}) == 1:
+    stored = [each for part in grouped for each in part.parts]
+    one_scheme = len({part.scheme for part in grouped}) == 1
+    if len(grouped) == len(parts) and one_scheme and _one_order(stored):
         first = grouped[0]
         return GroupedWeight(
-            [each for part in grouped for each in part.parts],
+            stored,
             first.dtype,
             wide_activations=first.wide_activations,
         )
@@ -202,6 +209,13 @@ def stack(parts: Sequence[Weight]) -> Weight:
             for part in parts
         ]
     )
+
+
+def _one_order(parts: Sequence[StoredMatrix]) -> bool:
+    first, *others = (part.order for part in parts)
+    if first is None:
+        return all(other is None for other in others)
+    return all(other is not None and torch.equal(first, other) for other in others)
 
 
 class PackedFormat(ABC):
@@ -265,8 +279,9 @@ class PackedFormat(ABC):
         """See `Format.scheme`."""
         if not self.packs or not all(self.covers(source, key) for key in keys):
             return None
-        schemes = {self.stored(source, key).scheme for key in keys}
-        return schemes.pop() if len(schemes) == 1 else None
+        matrices = [self.stored(source, key) for key in keys]
+        schemes = {matrix.scheme for matrix in matrices}
+        return schemes.pop() if len(schemes) == 1 and _one_order(matrices) else None
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """Read one matrix, or a shard of it: as stored if it is kept so, else decoded.

@@ -53,6 +53,7 @@ class TableMatrix:
         whole = self.in_features % block == 0
         self.group = block if whole else 1
         self.scheme: GroupScheme | None = None
+        self.order: Tensor | None = None
         if whole and block % RUN == 0 and named is not None:
             self.scheme = wide(4, block, codes=named)
 

@@ -5,10 +5,9 @@ The conversion computes with them, so that what it measures is what a server wil
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tgi_cli.quantize.methods.fp8 import LARGEST
+from tgi_cli.quantize.methods.fp8 import LARGEST, round_e4m3
 
 
 def round_int8(rows: Tensor) -> Tensor:
@@ -20,5 +19,4 @@ def round_int8(rows: Tensor) -> Tensor:
 def round_fp8(rows: Tensor) -> Tensor:
     """Each row of [n, columns] to e4m3, scaled so that its largest magnitude is 448."""
     scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
-    codes = (rows / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.float() * scales
+    return round_e4m3(rows / scales).mul_(scales)

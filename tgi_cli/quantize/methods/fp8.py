@@ -1,6 +1,8 @@
-"""FP8 (e4m3) weights with one scale for each output row. No statistics needed."""
+"""FP8 (e4m3) weights with one scale for each output row."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,10 +11,53 @@ from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
+#: What `fit` multiplies the smallest scale without clipping by. Codes are relative, so a factor of
+#: two changes nothing; between, a row's weights move within their powers of two.
+_STRETCHES = tuple(2 ** (step / 16) for step in range(16))
 
-def quantize_rows(weight: Tensor) -> QuantizedMatrix:
-    """Round [rows, columns] so that each row's largest magnitude becomes 448; scales float32."""
-    scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+
+@dataclass(frozen=True, slots=True)
+class Fp8Grid:
+    """The values of e4m3 times a scale for each row: `scales` [rows, 1] float32."""
+
+    scales: Tensor
+
+    @property
+    def zeros(self) -> Tensor:
+        """Zero is at zero."""
+        return torch.zeros_like(self.scales)
+
+    def rounded(self, values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """See `gptq.Codebook.rounded`."""
+        codes = round_e4m3(values / scales)
+        return codes, codes * scales
+
+    def nearest(self, weight: Tensor) -> QuantizedMatrix:
+        """Round each element of [rows, columns] to the nearest value."""
+        return self.matrix(weight / self.scales)
+
+    def matrix(self, codes: Tensor) -> QuantizedMatrix:
+        """The matrix of these codes, [rows, columns] float32."""
+        return QuantizedMatrix(_cast(codes), self.scales, None, 8)
+
+
+def fit(weight: Tensor) -> Fp8Grid:
+    """Scales for [rows, columns] float32 that clip nothing, each with the least squared error."""
+    smallest = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+    best, least = smallest, torch.full_like(smallest, torch.inf)
+    for stretch in _STRETCHES:
+        scales = smallest * stretch
+        loss = (round_e4m3(weight / scales) * scales - weight).square().sum(1, keepdim=True)
+        best = torch.where(loss < least, scales, best)
+        least = torch.minimum(loss, least)
+    return Fp8Grid(best)
+
+
+def round_e4m3(values: Tensor) -> Tensor:
+    """The nearest values of e4m3, in float32; what lies beyond them becomes the last."""
+    return _cast(values).float()
+
+
+def _cast(values: Tensor) -> Tensor:
     # torch's cast makes NaN of what lies beyond the range.
-    codes = (weight / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return QuantizedMatrix(codes, scales, None, 8)
+    return values.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

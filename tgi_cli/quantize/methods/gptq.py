@@ -8,26 +8,49 @@ permutation at run time. Knows no layers and no files.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError
-from tgi_cli.quantize.methods.grid import Grid
 from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 _BLOCK = 128  # columns between two updates of all columns to the right
 
 
+class Codebook(Protocol):
+    """The values that codes stand for; `scales` and `zeros` are [rows, groups]."""
+
+    @property
+    def scales(self) -> Tensor:
+        """In float32."""
+        ...
+
+    @property
+    def zeros(self) -> Tensor:
+        """Codes of zero, in float32."""
+        ...
+
+    def rounded(self, values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes, and what they stand for, of [rows] with the scale and zero of each."""
+        ...
+
+    def matrix(self, codes: Tensor) -> QuantizedMatrix:
+        """The matrix of these codes, [rows, columns] float32."""
+        ...
+
+
 def solve(
-    weight: Tensor, moments: Tensor, grid: Grid, *, damping: float = DAMPING
+    weight: Tensor, moments: Tensor, grid: Codebook, *, damping: float = DAMPING
 ) -> QuantizedMatrix:
     """Quantize `weight` on `grid` so that outputs change little for inputs with these moments.
 
     Args:
         weight: [rows, columns] float32; rows do not influence each other.
         moments: [columns, columns] float32, the sum of x xT over the calibration inputs.
-        grid: scales and zero points, for groups in the columns' stored order.
+        grid: what codes stand for, with groups in the columns' stored order.
         damping: fraction of the mean diagonal added to the diagonal.
 
     Raises:
@@ -54,9 +77,9 @@ def solve(
         errors = torch.empty_like(block)
         for index in range(end - start):
             column, scale, zero = block[index], scales[start + index], zeros[start + index]
-            code = (column / scale).round_().add_(zero).clamp_(0, grid.highest)
+            code, value = grid.rounded(column, scale, zero)
             codes[start + index] = code
-            error = (column - (code - zero).mul_(scale)).div_(within[index, index])
+            error = (column - value).div_(within[index, index])
             errors[index] = error
             block[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1)
         open_columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)

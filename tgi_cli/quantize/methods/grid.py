@@ -36,6 +36,11 @@ class Grid:
         """The largest code."""
         return int(2**self.bits) - 1
 
+    def rounded(self, values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """See `gptq.Codebook.rounded`."""
+        codes = (values / scales).round_().add_(zeros).clamp_(0, self.highest)
+        return codes, (codes - zeros).mul_(scales)
+
     def nearest(self, weight: Tensor) -> QuantizedMatrix:
         """Round each element of [rows, columns] to the nearest value."""
         rows, columns = weight.shape

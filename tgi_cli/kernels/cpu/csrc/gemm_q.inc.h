@@ -43,6 +43,14 @@ inline void quantize_run(const bf16* x, Activations* out) {
   out->start[1] = start_factor<G>() * sums[1];
 }
 
+// A row's activations of run i: where they lie, or gathered into `run`.
+inline const bf16* run_of(const Gemm& g, int64_t row, int64_t i, bf16* run) {
+  const bf16* x = g.x + row * g.ldx;
+  if (g.w.order == nullptr) return x + i * kRun;
+  for (int64_t j = 0; j < kRun; ++j) run[j] = x[g.w.order[i * kRun + j]];
+  return run;
+}
+
 // Adds the products of a run's codes, or of one part of them, for kRows rows, `stride` apart.
 template <class G, int kRows, int kVectors>
 inline void add_dots(const Activations* x, int64_t stride, const uint8_t* codes, int first, int part,
@@ -234,8 +242,10 @@ inline void gemm_grouped(Pool& pool, const Gemm& g, G) {
   pool.parallel((g.m + kRows - 1) / kRows, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kRows < g.m ? (item + 1) * kRows : g.m;
     for (int64_t row = item * kRows; row < end; ++row)
-      for (int64_t i = 0; i < runs; ++i)
-        quantize_run<G>(g.x + row * g.ldx + i * kRun, x + row * runs + i);
+      for (int64_t i = 0; i < runs; ++i) {
+        bf16 run[kRun];
+        quantize_run<G>(run_of(g, row, i, run), x + row * runs + i);
+      }
   });
   split_work(pool, g, most_rows<G>() * 16, 1, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int) {
     for (int64_t end = panel + panels; panel < end; ++panel)

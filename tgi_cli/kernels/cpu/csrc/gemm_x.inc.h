@@ -2,11 +2,24 @@
 // memory, and multiplied as gemm.inc.h does. And the choice between all GEMMs. Included once per
 // instruction set, inside its namespace.
 
+// The same product with rows gathered into `x`.
+inline Gemm in_order(Pool& pool, const Gemm& g, bf16* x) {
+  pool.parallel(g.m, [&](int64_t row, int) {
+    for (int64_t i = 0; i < g.w.k / kRun; ++i) run_of(g, row, i, x + row * g.w.k + i * kRun);
+  });
+  Gemm made = g;
+  made.x = x;
+  made.ldx = g.w.k;
+  made.w.order = nullptr;
+  return made;
+}
+
 template <class G>
-inline void gemm_decoded(Pool& pool, const Gemm& g, G) {
-  const int64_t panel_elements = g.w.k * kPanel;
-  auto* memory = static_cast<bf16*>(
-      pool.scratch(static_cast<size_t>(pool.size() * kGroup * panel_elements) * sizeof(bf16)));
+inline void gemm_decoded(Pool& pool, const Gemm& given, G) {
+  const int64_t panel_elements = given.w.k * kPanel, decoded = pool.size() * kGroup * panel_elements;
+  const int64_t gathered = given.w.order == nullptr ? 0 : given.m * given.w.k;
+  auto* memory = static_cast<bf16*>(pool.scratch(static_cast<size_t>(decoded + gathered) * sizeof(bf16)));
+  const Gemm g = gathered == 0 ? given : in_order(pool, given, memory + decoded);
   split_work(pool, g, kMaxRows * 16, kGroup,
              [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int worker) {
                bf16* own = memory + worker * kGroup * panel_elements;

@@ -54,6 +54,7 @@ struct Matrix {
   int32_t form;
   int32_t group;             // inputs that share a scale in wide forms: a multiple of 32 that divides k
   int32_t wide_activations;  // multiply by bf16 activations
+  const int32_t* order;      // [k] or null: stored input i is order[i] of the activations; grouped forms alone
 };
 
 struct Gemm {
