@@ -59,8 +59,34 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_shard: int = 1  # ranks, over all nodes
     num_threads: int | None = None  # over all ranks of a node
     step_timeout: float = 60.0  # seconds a rank may make no progress in a step
-    nnodes: int = 1
-    node_rank: int = 0
+    nnodes: int = 1  # machines; each has as many ranks
+    node_rank: int = 0  # which of them this is; node 0 has the engine
+    master_addr: str | None = None  # of node 0, where the others reach it
+    master_port: int = 29500
+    dist_timeout: float = 300.0  # seconds that nodes wait for each other
+
+    def ranks(self, node_rank: int) -> range:
+        """The ranks of one node, neighbours."""
+        each = self.num_shard // self.nnodes
+        return range(node_rank * each, (node_rank + 1) * each)
+
+    def check(self) -> None:
+        """Raise `UsageError` for nodes and shards that contradict each other."""
+        if self.num_shard % self.nnodes:
+            raise UsageError(
+                f"{self.num_shard} shards do not divide over {self.nnodes} nodes",
+                hint="--num-shard counts the shards of all nodes together",
+            )
+        if not 0 <= self.node_rank < self.nnodes:
+            raise UsageError(
+                f"--node-rank {self.node_rank} is not one of {self.nnodes} nodes",
+                hint=f"use 0 to {self.nnodes - 1}",
+            )
+        if self.nnodes > 1 and self.master_addr is None:
+            raise UsageError(
+                f"--nnodes {self.nnodes} needs --master-addr",
+                hint="it is the address of node 0 that the other nodes reach",
+            )
 
 
 class AdapterSource(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ import typer
 
 from tgi_cli import log
 from tgi_cli.cli.console import Printer, invocation
-from tgi_cli.cli.launch_config import LaunchConfig, build, default_of
+from tgi_cli.cli.launch_config import LaunchConfig, build, default_of, without_nodes
 from tgi_cli.cli.launch_flags import LOGGING, SETTINGS
 from tgi_cli.config import ServerConfig, Setting, environment, resolve
 from tgi_cli.engine.messages import ModelFacts
@@ -47,7 +47,7 @@ def command(ctx: typer.Context, **given: Any) -> None:
     config = build(SETTINGS, resolution, default_host=invocation(ctx).default_host)
     log.configure(config.server.log_level, json_logs=config.server.json_logs)
     talk = _Talk(printer, config.server)
-    for notice in resolution.notices:
+    for notice in (*resolution.notices, *without_nodes(config, resolution)):
         talk.warn(notice)
     if resolution.values.get("env"):
         subprocess.run([sys.executable, "-m", "tgi_cli", "env"], stdout=sys.stderr, check=False)
@@ -69,6 +69,12 @@ def command(ctx: typer.Context, **given: Any) -> None:
 
 
 def _serve(config: LaunchConfig, talk: _Talk) -> int:
+    if config.engine.parallel.node_rank > 0:
+        from tgi_cli.engine.node import Node
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        return Node(config.engine).run()
+
     from tgi_cli.serve.supervisor import Supervisor
 
     # Until the supervisor listens to signals itself, an early SIGTERM must still clean up.

@@ -7,7 +7,7 @@ show: limits that contradict each other. Knows neither Typer nor the environment
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ def _check_adapters(filled: dict[str, dict[str, Any]], flag: str) -> None:
 
 
 def _check_shards(config: LaunchConfig, resolution: Resolution) -> None:
+    config.engine.parallel.check()
     sharded, count = resolution.values.get("sharded"), config.engine.parallel.num_shard
     if sharded is True and count == 1:
         raise UsageError(
@@ -140,6 +141,14 @@ def _check_shards(config: LaunchConfig, resolution: Resolution) -> None:
             f"asks for {count} shards",
             hint="leave one of them away",
         )
+
+
+def without_nodes(config: LaunchConfig, resolution: Resolution) -> Iterator[str]:
+    """Settings that only several machines need, given for one; job launchers set them always."""
+    if config.engine.parallel.nnodes == 1:
+        for name in ("master_addr", "master_port", "dist_timeout"):
+            if name in resolution.sources:
+                yield f"{resolution.sources[name]} has no effect: there is one node (--nnodes)"
 
 
 def _check_limits(config: LaunchConfig, sources: dict[str, str]) -> None:

@@ -50,8 +50,7 @@ _KV_DTYPES = (
 _NO_PHASES = "prompts and decodes share one token budget per step, nothing waits for a ratio"
 _NO_GRAPHS = "this build captures no CUDA graphs"
 _NO_TUNNEL = "no tunnel is opened; put a reverse proxy in front of the port"
-_NODES = "a model shared by several machines"
-_ONE_MACHINE = "all processes are on this machine and talk over private sockets"
+_PRIVATE = "processes of one machine talk over private sockets without names"
 _ONE_ATTENTION = "there is one paged attention, with chunked prefill always on"
 _ROPE = "RoPE scaling other than the checkpoint's own"
 
@@ -240,6 +239,40 @@ WORKING = (
             (),
             "Whether the model is shared; --num-shard alone says so too.",
             kind="boolean",
+        ),
+        _own(
+            "nnodes",
+            "parallel.nnodes",
+            "Machines that share the model; --num-shard counts the shards of all.",
+            kind="integer",
+            minimum=1,
+        ),
+        _own(
+            "node_rank",
+            "parallel.node_rank",
+            "Which of them this is; node 0 has the engine and the port.",
+            kind="integer",
+            minimum=0,
+        ),
+        _tgi(
+            "master_addr",
+            "parallel.master_addr",
+            "Address of node 0 that the other nodes reach; with --nnodes.",
+        ),
+        _tgi(
+            "master_port",
+            "parallel.master_port",
+            "Port there that the other nodes come to; with --nnodes.",
+            kind="integer",
+            minimum=1,
+            maximum=65535,
+        ),
+        _own(
+            "dist_timeout",
+            "parallel.dist_timeout",
+            "Seconds that nodes wait for each other at the start.",
+            kind="number",
+            minimum=1,
         ),
     ),
     *_panel(
@@ -486,24 +519,6 @@ WORKING = (
 STILL_TO_COME = _panel(
     TO_COME,
     _to_come(
-        "nnodes",
-        _NODES,
-        "Machines that share the model; only 1 so far.",
-        1,
-        field="parallel.nnodes",
-        kind="integer",
-        minimum=1,
-    ),
-    _to_come(
-        "node_rank",
-        _NODES,
-        "Which of them this is; only 0 so far.",
-        0,
-        field="parallel.node_rank",
-        kind="integer",
-        minimum=0,
-    ),
-    _to_come(
         "speculate",
         "speculative decoding",
         "Tokens to draft ahead; only 0 so far.",
@@ -538,9 +553,7 @@ WITHOUT_MEANING = _panel(
         "disable_custom_kernels", "this build has portable kernels only", False, kind="switch"
     ),
     _no_meaning("prometheus_port", "/metrics is on the server's own port", kind="integer"),
-    _no_meaning("shard_uds_path", _ONE_MACHINE),
-    _no_meaning("master_addr", _ONE_MACHINE, "localhost"),
-    _no_meaning("master_port", _ONE_MACHINE, kind="integer"),
+    _no_meaning("shard_uds_path", _PRIVATE),
     _no_meaning("usage_stats", "nothing about its use is ever sent anywhere", "off"),
     _no_meaning(
         "enable_prefill_logprobs",

@@ -39,10 +39,18 @@ class ControlChannel:
         with self._lock:
             self._sock.sendall(_LENGTH.pack(len(data)) + data)
 
-    def receive(self) -> bytes | None:
-        """Return the next frame, or None at end-of-file."""
+    def receive(self, *, limit: int | None = None) -> bytes | None:
+        """Return the next frame, or None at end-of-file or where it is longer than `limit`."""
         head = self._read(_LENGTH.size)
-        return None if head is None else self._read(_LENGTH.unpack(head)[0])
+        if head is None:
+            return None
+        (size,) = _LENGTH.unpack(head)
+        return None if limit is not None and size > limit else self._read(size)
+
+    @property
+    def local_address(self) -> str:
+        """This machine's address on the way to the peer, of a TCP connection."""
+        return str(self._sock.getsockname()[0])
 
     def close(self) -> None:
         """Close the socket; the peer reads end-of-file."""

@@ -26,6 +26,7 @@ from tgi_cli.engine.messages import (
     ModelFacts,
     Request,
 )
+from tgi_cli.engine.nodes import Nodes
 from tgi_cli.engine.scheduler import Scheduler
 from tgi_cli.engine.step_clock import StepClock
 from tgi_cli.errors import InvalidRequest, TgiError
@@ -86,10 +87,14 @@ class EngineCore:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, report: Report, weights_fd: int | None = None
+        cls,
+        config: EngineConfig,
+        report: Report,
+        weights_fd: int | None = None,
+        nodes: Nodes | None = None,
     ) -> EngineCore:
         """Load a model and put an engine around it; see `ModelExecutor.load`."""
-        executor = ModelExecutor.load(config, report, weights_fd)
+        executor = ModelExecutor.load(config, report, weights_fd, nodes)
         planned = executor.memory_plan
         scheduler = Scheduler(
             config.scheduler,

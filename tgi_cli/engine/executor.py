@@ -7,7 +7,6 @@ the others what with the next one. Knows no policy.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +21,12 @@ from tgi_cli.engine.lora import fetched
 from tgi_cli.engine.machine import return_large_memory, trim_heap, usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config
 from tgi_cli.engine.messages import ModelFacts, RankFacts, Request
+from tgi_cli.engine.nodes import Nodes
 from tgi_cli.engine.rank_group import RankGroup
 from tgi_cli.engine.rank_messages import Work
 from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
+from tgi_cli.errors import UsageError
 from tgi_cli.grammar_compiler import GrammarCompiler
 from tgi_cli.kernels.collective import ALONE
 from tgi_cli.kernels.kv_rows import kv_dtype_name
@@ -85,11 +86,19 @@ class ModelExecutor:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, report: Report, weights_fd: int | None = None
+        cls,
+        config: EngineConfig,
+        report: Report,
+        weights_fd: int | None = None,
+        nodes: Nodes | None = None,
     ) -> ModelExecutor:
         """Fetch the model, plan, read the weights, allocate the cache and warm up.
 
-        With `weights_fd`, shared memory, rank 0's packed weights are put there, or found there.
+        Args:
+            config: of the engine.
+            report: told what is being done.
+            weights_fd: shared memory; rank 0's packed weights are put there, or found there.
+            nodes: where the other machines come to, if there are any; its owner closes it.
 
         Raises:
             HubError: the model cannot be found or fetched.
@@ -97,6 +106,10 @@ class ModelExecutor:
             UsageError: the configuration contradicts itself or the model.
         """
         check_config(config)
+        if config.parallel.nnodes > 1 and nodes is None:
+            raise UsageError(
+                f"a model over {config.parallel.nnodes} nodes is served by `tgi launch` alone"
+            )
         return_large_memory()
         model = config.model
         path = model_path.resolve(model, lambda fraction: report("downloading", fraction))
@@ -108,7 +121,7 @@ class ModelExecutor:
             lora=adapters,
         )
         threads = config.parallel.num_threads or min(usable_cores(), torch.get_num_threads())
-        ranks_here = config.parallel.num_shard // config.parallel.nnodes
+        ranks_here = len(config.parallel.ranks(0))
         # Opened before any other rank is started: what cannot work is refused at once.
         opened = OpenedModel(
             local, rank=0, num_threads=max(1, threads // ranks_here), weights_fd=weights_fd
@@ -124,7 +137,9 @@ class ModelExecutor:
         opened.adapters.warn_of_other_bases(model.model_id)
         group = None
         if config.parallel.num_shard > 1:
-            group = RankGroup.start(local, opened.backend, threads)
+            if nodes is not None:
+                report("waiting for the other nodes", None)
+            group = RankGroup.start(local, opened.backend, threads, nodes)
         try:
             return cls._loaded(config, path, opened, group, report)
         except BaseException:
@@ -149,8 +164,8 @@ class ModelExecutor:
             lambda fraction: report("loading", fraction),
             grammars,
         )
-        others = [] if group is None else group.ready()
-        facts = _facts(config, opened, runner, path, others)
+        ranks = [] if group is None else [group.own(opened), *group.ready()]
+        facts = _facts(config, opened, runner, path, ranks)
         executor = cls(runner, opened.plan, facts, grammars, group)
         report("warming up", None)
         limits = config.scheduler
@@ -230,20 +245,9 @@ def _facts(
     opened: OpenedModel,
     runner: ModelRunner,
     path: Path,
-    others: list[RankFacts],
+    ranks: list[RankFacts],
 ) -> ModelFacts:
     planned, checkpoint = opened.plan, opened.checkpoint
-    ranks = []
-    if others:
-        own = RankFacts(
-            rank=0,
-            pid=os.getpid(),
-            host=os.uname().nodename,
-            cores=sorted(os.sched_getaffinity(0)),
-            num_threads=opened.backend.num_threads,
-            weights_bytes=planned.weights_bytes,
-        )
-        ranks = [own, *others]
     dtype = str(planned.dtype).removeprefix("torch.")
     return ModelFacts(
         model_id=config.model.model_id,

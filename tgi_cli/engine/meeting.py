@@ -6,11 +6,27 @@ Knows which collective serves where; what the collectives do is the kernels' bus
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.kernels.collective import Collective
 from tgi_cli.kernels.cpu.collective import SharedMemory
 from tgi_cli.kernels.process_group import ProcessGroup
+
+
+@dataclass(frozen=True)
+class MeetingPlace:
+    """Where ranks meet that share no memory.
+
+    Attributes:
+        store: `file://PATH` or `tcp://HOST:PORT`; empty where memory is shared.
+        address: this machine's, that ranks on other machines reach; empty on one machine.
+        listen_fd: rank 0's socket that already listens at HOST:PORT.
+    """
+
+    store: str = ""
+    address: str = ""
+    listen_fd: int | None = None
 
 
 def shares_memory(backend: Backend, num_nodes: int) -> bool:
@@ -19,7 +35,7 @@ def shares_memory(backend: Backend, num_nodes: int) -> bool:
 
 
 def join(
-    backend: Backend, *, rank: int, world_size: int, memory_fd: int | None, store: str
+    backend: Backend, *, rank: int, world_size: int, memory_fd: int | None, place: MeetingPlace
 ) -> Collective:
     """This rank's end of the collective; waits for the others.
 
@@ -28,7 +44,7 @@ def join(
         rank: 0 .. world_size - 1.
         world_size: number of ranks.
         memory_fd: of memory made by `SharedMemory.create`; closed here.
-        store: where the ranks meet otherwise: `file://PATH` or `tcp://HOST:PORT`.
+        place: where the ranks meet otherwise.
 
     Raises:
         EngineError: the others cannot be reached.
@@ -38,4 +54,11 @@ def join(
             return SharedMemory(backend.native, memory_fd, rank, world_size)
         finally:
             os.close(memory_fd)  # the mapping stays
-    return ProcessGroup(backend.device, store, rank, world_size)
+    return ProcessGroup(
+        backend.device,
+        place.store,
+        rank,
+        world_size,
+        address=place.address,
+        listen_fd=place.listen_fd,
+    )

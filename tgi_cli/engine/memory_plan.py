@@ -167,17 +167,7 @@ def plan_for(config: EngineConfig) -> MemoryPlan:
 
 def check_config(config: EngineConfig) -> None:
     """Raise `UsageError` for what this engine cannot do yet."""
-    parallel = config.parallel
-    if parallel.num_shard % parallel.nnodes:
-        raise UsageError(
-            f"{parallel.num_shard} shards do not divide over {parallel.nnodes} nodes",
-            hint="--num-shard counts the shards of all nodes together",
-        )
-    if not 0 <= parallel.node_rank < parallel.nnodes:
-        raise UsageError(
-            f"--node-rank {parallel.node_rank} is not one of {parallel.nnodes} nodes",
-            hint=f"use 0 to {parallel.nnodes - 1}",
-        )
+    config.parallel.check()
     check_quantize(config.model.quantize)
     resolve_kv_dtype(config.cache.kv_cache_dtype, torch.bfloat16)
 

@@ -36,6 +36,7 @@ from tgi_cli.engine.messages import (
     Request,
     Starting,
 )
+from tgi_cli.engine.nodes import Nodes
 from tgi_cli.errors import TgiError
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class EngineProcess:
         self._control = control
         self._weights_fd = weights_fd
         self._last_status: tuple[str, float] = ("", 0.0)
+        self._nodes: Nodes | None = None
+        self._ready = False
 
     def main(self) -> int:
         """Start, serve, return the exit code."""
@@ -149,11 +152,13 @@ class EngineProcess:
         try:
             self._serve(start)
         except TgiError as error:
+            self._part(error.message, again=self._ready or start.epoch > 0)
             self._say(Failed(error=type(error).__name__, message=error.message, hint=error.hint))
             return 1
         except Exception as error:
             log.exception("the engine died")
             message = f"the engine died of {type(error).__name__}: {error}"
+            self._part(message, again=self._ready or start.epoch > 0)
             self._say(Failed(error="EngineError", message=message))
             return 1
         return 0
@@ -162,13 +167,17 @@ class EngineProcess:
         gc.disable()  # what is imported and loaded stays; looking through it takes a tenth of that
         from tgi_cli.engine.core import EngineCore
 
-        core = EngineCore.load(start.config, self._report, self._weights_fd)
+        start.config.parallel.check()
+        if start.config.parallel.nnodes > 1:
+            self._nodes = Nodes(start.config.parallel)
+        core = EngineCore.load(start.config, self._report, self._weights_fd, self._nodes)
         # What is loaded stays: a full collection would look at all of it, in the middle of a step.
         gc.collect()
         gc.freeze()
         gc.enable()
         path = Path(start.runtime_dir) / f"engine-{start.epoch}.sock"
         transport = ZmqTransport(f"ipc://{path}")
+        self._ready = True
         self._say(Ready(endpoint=f"ipc://{path}", facts=core.facts))
         threading.Thread(target=self._beat, args=(core,), name="tgi-pulse", daemon=True).start()
         try:
@@ -193,6 +202,7 @@ class EngineProcess:
     def _end_with_channel(self) -> None:
         while self._control.receive() is not None:
             pass
+        self._part(None)
         self._vanish()
 
     def _say(self, status: Any) -> None:
@@ -200,6 +210,11 @@ class EngineProcess:
             self._control.send(status)
         except (BrokenPipeError, ConnectionResetError):
             self._vanish()
+
+    def _part(self, failure: str | None, *, again: bool = False) -> None:
+        """Let the other nodes know that this engine ends; a supervisor starts a failed one anew."""
+        if self._nodes is not None:
+            self._nodes.close(failure, again=again)
 
     @staticmethod
     def _vanish() -> None:

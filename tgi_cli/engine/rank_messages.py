@@ -17,8 +17,9 @@ from tgi_cli.engine.step import Step
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
     """First frame to a rank. `config` names the model by its path on this machine.
 
-    `store` is where torch.distributed's ranks meet, empty where they share memory. An empty tuple
-    of `cores` leaves the rank where the kernel puts it.
+    `store` is where torch.distributed's ranks meet, empty where they share memory; `address` is
+    then the one of this machine that the other nodes reach, empty on one machine. An empty tuple of
+    `cores` leaves the rank where the kernel puts it.
     """
 
     config: EngineConfig
@@ -26,13 +27,15 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True):
     cores: tuple[int, ...]
     num_threads: int
     store: str = ""
+    address: str = ""
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True, tag="planned"):
-    """What fits on this rank; no weight has been read."""
+    """What fits on this rank; no weight has been read. `backend` is what it computes with."""
 
     kv_cache_tokens: int
     max_model_len: int
+    backend: str
 
 
 class RankReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

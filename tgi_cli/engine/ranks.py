@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import msgspec
 import psutil
@@ -24,6 +24,7 @@ import psutil
 from tgi_cli import errors
 from tgi_cli.engine.control import ControlChannel, how_it_ended
 from tgi_cli.engine.messages import RankFacts
+from tgi_cli.engine.nodes import Node
 from tgi_cli.engine.pulse import Pulse
 from tgi_cli.engine.rank_messages import (
     Beat,
@@ -36,6 +37,8 @@ from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TICK = 0.1  # seconds
 _SILENCE = 1.5  # seconds without a heartbeat, once a rank is loaded
 _LOADING_SILENCE = 60.0  # while it loads: importing libraries may hold its threads up
@@ -44,19 +47,21 @@ _EXIT_PATIENCE = 2.0
 
 
 class Peer:
-    """One other rank: its process, if it was started here, and its two channels."""
+    """One other rank: its two channels, and its process or the node that it is on."""
 
     def __init__(
         self,
         rank: int,
         control: ControlChannel,
         steps: ControlChannel,
-        process: subprocess.Popen[bytes] | None,
+        process: subprocess.Popen[bytes] | None = None,
+        node: Node | None = None,
     ) -> None:
         self.rank = rank
         self.control = control
         self.steps = steps
         self.process = process
+        self.node = node
         self.planned: Planned | None = None
         self.facts: RankFacts | None = None
 
@@ -66,7 +71,8 @@ class Peer:
         control, their_control = socket.socketpair()
         steps, their_steps = socket.socketpair()
         inherited = [their_control.fileno(), their_steps.fileno()]
-        arguments = ["--control-fd", str(inherited[0]), "--steps-fd", str(inherited[1])]
+        arguments = ["--rank", str(start.rank)]
+        arguments += ["--control-fd", str(inherited[0]), "--steps-fd", str(inherited[1])]
         if memory_fd is not None:
             inherited.append(memory_fd)
             arguments += ["--memory-fd", str(memory_fd)]
@@ -84,7 +90,16 @@ class Peer:
     def __str__(self) -> str:
         if self.process is not None:
             return f"rank {self.rank} (process {self.process.pid})"
-        return f"rank {self.rank}" + (f" on {self.facts.host}" if self.facts else "")
+        return f"rank {self.rank} on {self.node}"
+
+    def ending(self) -> tuple[str, bool]:
+        """How it ended, now that its channel has, and whether it was killed."""
+        if self.process is not None:
+            code = self.process.wait()
+            return how_it_ended(code), code == -signal.SIGKILL
+        assert self.node is not None
+        how = self.node.ending(self.rank)
+        return how, "SIGKILL" in how
 
     def state(self) -> str:
         """What the kernel says of its process, where that explains a silence."""
@@ -158,6 +173,26 @@ class Ranks:
         finally:
             self._in_step = False
 
+    def unless_one_fails(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which waits for the ranks; left behind if one of them fails."""
+        done: list[tuple[T | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                found: tuple[T | None, BaseException | None] = work(), None
+            except BaseException as error:
+                found = None, error
+            with self._changed:
+                done.append(found)
+                self._changed.notify_all()
+
+        self._thread(run, "tgi-ranks-meet")
+        self._wait(lambda: bool(done))
+        ((result, error),) = done
+        if error is not None:
+            raise error
+        return cast(T, result)
+
     def on_failure(self, call: Callable[[], None]) -> None:
         """Have `call` made when a rank fails, or now if one has; perhaps from another thread."""
         self._on_failure = call
@@ -220,13 +255,9 @@ class Ranks:
                     self._changed.notify_all()
         if self._closing:
             return
-        if peer.process is None:
-            self._fail(f"{peer} closed its connection")
-        else:
-            code = peer.process.wait()
-            hint = "the kernel kills a process when memory runs out: see `dmesg`"
-            killed = code == -signal.SIGKILL
-            self._fail(f"{peer} {how_it_ended(code)}", hint=hint if killed else None)
+        how, killed = peer.ending()
+        hint = "the kernel kills a process when memory runs out: see `dmesg`"
+        self._fail(f"{peer} {how}", hint=hint if killed else None)
 
     def _watch(self) -> None:
         while not self._closing and self._failure is None:

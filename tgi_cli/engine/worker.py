@@ -1,4 +1,4 @@
-"""A rank other than 0: `python -m tgi_cli.engine.worker --control-fd N --steps-fd N`.
+"""A rank other than 0: `python -m tgi_cli.engine.worker --rank K --control-fd N --steps-fd N`.
 
 Builds its part of the model and runs the steps that rank 0 sends; it decides nothing and draws
 nothing. It ends with its control channel, also in the middle of a step. Torch is imported after the
@@ -89,13 +89,17 @@ class RankWorker:
     def _serve(self, start: RankStart) -> None:
         from tgi_cli.engine.loading import OpenedModel
         from tgi_cli.engine.machine import return_large_memory
-        from tgi_cli.engine.meeting import join
+        from tgi_cli.engine.meeting import MeetingPlace, join
 
         return_large_memory()
         opened = OpenedModel(start.config, rank=start.rank, num_threads=start.num_threads)
         planned = opened.plan
         self._say(
-            Planned(kv_cache_tokens=planned.kv_cache_tokens, max_model_len=planned.max_model_len)
+            Planned(
+                kv_cache_tokens=planned.kv_cache_tokens,
+                max_model_len=planned.max_model_len,
+                backend=opened.backend.name,
+            )
         )
         agreed = self._receive()
         if agreed is None:
@@ -108,7 +112,7 @@ class RankWorker:
             rank=start.rank,
             world_size=start.config.parallel.num_shard,
             memory_fd=self._memory_fd,
-            store=start.store,
+            place=MeetingPlace(start.store, start.address),
         )
         runner = opened.build(self._collective, lambda fraction: None)
         self._say(RankReady(facts=_facts(start, opened)))
@@ -154,7 +158,7 @@ def _facts(start: RankStart, opened: OpenedModel) -> RankFacts:
     return RankFacts(
         rank=start.rank,
         pid=os.getpid(),
-        host=os.uname().nodename,
+        host=start.address or os.uname().nodename,
         cores=list(start.cores),
         num_threads=start.num_threads,
         weights_bytes=opened.plan.weights_bytes,
@@ -171,6 +175,7 @@ def die_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run a rank on inherited channels."""
     parser = argparse.ArgumentParser(prog="tgi_cli.engine.worker")
+    parser.add_argument("--rank", type=int, help="for whoever reads the list of processes")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--steps-fd", type=int, required=True)
     parser.add_argument("--memory-fd", type=int)

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tgi_cli.errors import EngineError
 from tgi_cli.kernels.cpu.collective import Ranks, ReduceCall, StagingCall
 
+dist: Any = torch.distributed  # its stubs leave out the classes used here
+
 #: How long ranks wait for each other to come, and for a message of one that is alive.
 _PATIENCE = timedelta(minutes=30)
+#: How soon an abort is seen by a rank that waits.
+_LOOK_UP = timedelta(seconds=0.25)
 
 
 class ProcessGroup:
@@ -30,25 +35,32 @@ class ProcessGroup:
         store: `file://PATH` or `tcp://HOST:PORT`, where rank 0 listens.
         rank: 0 .. world_size - 1.
         world_size: number of ranks.
+        address: of this machine, for gloo's connections; empty takes that of its host name.
+        listen_fd: rank 0's socket that already listens at HOST:PORT; adopted.
 
     Raises:
         EngineError: the others cannot be reached.
     """
 
-    def __init__(self, device: torch.device, store: str, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        store: str,
+        rank: int,
+        world_size: int,
+        *,
+        address: str = "",
+        listen_fd: int | None = None,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._device = device
         self._progress = 0
         self._lost = threading.Event()
         try:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                init_method=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=_PATIENCE,
-            )
+            meeting = _store(store, rank, world_size, listen_fd)
+            create = GROUPS[device.type]
+            self._group = create(meeting, rank, world_size, address)
         except (RuntimeError, ValueError) as error:
             raise EngineError(
                 f"rank {rank} cannot meet the others at {store}: {_first_line(error)}",
@@ -81,8 +93,10 @@ class ProcessGroup:
         return self._progress
 
     def abort(self) -> None:
-        """Make later calls fail; a call that waits ends when its peer's connection does."""
+        """Make later calls fail, and soon one that waits; NCCL's own calls are aborted too."""
         self._lost.set()
+        if self._device.type == "cuda":
+            self._group.abort()
 
     def check(self) -> None:
         """See `Collective.check`."""
@@ -106,13 +120,28 @@ class ProcessGroup:
         self._progress += 1
         if x.numel():
             try:
-                dist.all_gather(parts, x)
+                self._wait(self._group.allgather([parts], [x]))
             except RuntimeError as error:
                 self._lost.set()
                 raise EngineError(
                     f"rank {self.rank} lost the others: {_first_line(error)}"
                 ) from None
         return parts
+
+    def _wait(self, work: Any) -> None:
+        """Wait on the host for gloo, looking up now and then; NCCL's stream waits by itself."""
+        if self._device.type == "cuda":
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(_LOOK_UP)
+            except RuntimeError:
+                if work.is_completed():  # broken, not late
+                    raise
+                self.check()
+            else:
+                return
 
     def _reduce_floats(
         self, _self: int, _pool: int, x: int, into: int, size: int, accumulate: int
@@ -126,6 +155,46 @@ class ProcessGroup:
         else:
             target.copy_(total)
         return 0
+
+
+def _store(url: str, rank: int, world_size: int, listen_fd: int | None) -> Any:
+    kind, _, rest = url.partition("://")
+    if kind == "file":
+        return dist.FileStore(rest, world_size)
+    host, _, port = rest.rpartition(":")
+    return dist.TCPStore(
+        host.strip("[]"),
+        int(port),
+        world_size,
+        is_master=rank == 0,
+        timeout=_PATIENCE,
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
+    )
+
+
+def _gloo(store: Any, rank: int, world_size: int, address: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = _PATIENCE
+    options._devices = [
+        dist.ProcessGroupGloo.create_device(hostname=address)
+        if address
+        else dist.ProcessGroupGloo.create_default_device()
+    ]
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _nccl(store: Any, rank: int, world_size: int, address: str) -> Any:
+    """NCCL finds its interfaces by itself, or by NCCL_SOCKET_IFNAME."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = _PATIENCE
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+#: What carries the messages of tensors on a kind of device.
+GROUPS: Mapping[str, Callable[[Any, int, int, str], Any]] = MappingProxyType(
+    {"cpu": _gloo, "cuda": _nccl}
+)
 
 
 def _floats(address: int, size: int) -> Tensor:
