@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -54,6 +55,8 @@ SHAPE = {
     "torch_dtype": "bfloat16",
 }
 PROMPT, DECODE, CHUNK = 1024, 32, 512
+#: Tokens a second: `median`, `best`, and `all` by round.
+Speeds = dict[str, Any]
 SIZES = (2 << 10, 16 << 10, 128 << 10, 1 << 20)
 
 
@@ -198,7 +201,7 @@ def all_reduces(world_size: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def compare(model: str, num_shard: int, threads: int, rounds: int) -> dict[str, object]:
+def compare(model: str, num_shard: int, threads: int, rounds: int) -> dict[str, dict[str, Speeds]]:
     """Both engines in turns; tokens a second."""
     kinds = {f"1 process, {threads} threads": 1, f"{num_shard} processes": num_shard}
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
@@ -212,12 +215,22 @@ def compare(model: str, num_shard: int, threads: int, rounds: int) -> dict[str, 
     return {
         name: {
             what: {
+                "all": [each[i] for each in values],
                 "median": statistics.median(each[i] for each in values),
                 "best": max(each[i] for each in values),
             }
             for i, what in enumerate(("prefill", "decode"))
         }
         for name, values in speeds.items()
+    }
+
+
+def ratios(whole: Speeds, divided: Speeds) -> dict[str, float]:
+    """Speed over speed: the median of those of each round, and of the best of both."""
+    pairs = zip(divided["all"], whole["all"], strict=True)
+    return {
+        "median": statistics.median(ours / theirs for ours, theirs in pairs),
+        "best": divided["best"] / whole["best"],
     }
 
 
@@ -252,12 +265,20 @@ def report(options: argparse.Namespace) -> None:
     found = compare(options.model, options.num_shard, options.num_threads, options.rounds)
     reduces = all_reduces(options.num_shard)
     command = " ".join(sys.argv)
-    result = {"machine": platform.processor() or platform.machine(), "command": command,
-              "tokens_per_second": found, "all_reduce_us": reduces}  # fmt: skip
+    result: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "command": command,
+        "tokens_per_second": found,
+        "all_reduce_us": reduces,
+    }
     table = Table("tokens/s, median (best)", f"prefill of {PROMPT}", f"decode of {DECODE}")
     for name, speeds in found.items():
-        cells = [f"{s['median']:.1f} ({s['best']:.1f})" for s in speeds.values()]  # type: ignore[attr-defined]
+        cells = [f"{s['median']:.1f} ({s['best']:.1f})" for s in speeds.values()]
         table.add_row(name, *cells)
+    whole, divided = found.values()
+    result["ratios"] = {what: ratios(whole[what], divided[what]) for what in whole}
+    cells = [f"{r['median']:.2f} ({r['best']:.2f})" for r in result["ratios"].values()]
+    table.add_row(f"{options.num_shard} processes over 1", *cells)
     console.print(table)
     table = Table("all-reduce, us, best / median", *(f"{size >> 10} KB" for size in SIZES))
     for kind, by_size in reduces.items():

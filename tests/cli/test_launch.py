@@ -17,7 +17,7 @@ import pytest
 
 from tgi_cli.cli.app import load_command
 from tgi_cli.cli.launch import server_url
-from tgi_cli.cli.launch_config import SECTIONS, LaunchConfig, build
+from tgi_cli.cli.launch_config import SECTIONS, LaunchConfig, build, without_nodes
 from tgi_cli.cli.launch_flags import SETTINGS, WORKING
 from tgi_cli.config import EngineConfig, resolve
 from tgi_cli.errors import UsageError
@@ -132,7 +132,11 @@ def test_every_working_setting_arrives_in_its_fields(setting: Any, tmp_path: Pat
         text = "true"
     if setting.name.endswith("_route"):
         text = "/path"
-    config = configure({setting.flag: text})
+    together = {"nnodes": "77", "node_rank": "78"}  # one alone contradicts the others' defaults
+    needed = {}
+    if (nodes := together.get(setting.name)) is not None:
+        needed = {"--nnodes": nodes, "--num-shard": nodes, "--master-addr": "10.0.0.1"}
+    config = configure({**needed, setting.flag: text})
     for field in setting.fields:
         section, name = field.split(".")
         owner: Any = config.server if section == "server" else config.engine
@@ -167,12 +171,29 @@ def test_the_documented_launch_line_works() -> None:
     [
         (("--sharded", "true"), "--sharded is true, but the model is to have 1 shard"),
         (("--sharded", "false", "--num-shard", "2"), "--sharded is false, but --num-shard asks"),
+        (("--nnodes", "2", "--num-shard", "2"), "--nnodes 2 needs --master-addr"),
+        (("--nnodes", "2", "--num-shard", "3"), "3 shards do not divide over 2 nodes"),
+        (
+            ("--nnodes", "2", "--num-shard", "2", "--node-rank", "2", "--master-addr", "h"),
+            "--node-rank 2 is not one of 2 nodes",
+        ),
     ],
 )
 def test_contradictory_shards_are_refused(words: tuple[str, ...], said: str) -> None:
-    refused = run("--model-id", "m", *words, "--show-config")
-    assert refused.returncode == 2
-    assert said in refused.stderr
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(UsageError, match=said):
+        configure(flags)
+
+
+def test_settings_of_several_nodes_have_no_effect_on_one() -> None:
+    resolution = resolve(
+        SETTINGS, {"--model-id": "m", "--dist-timeout": "9"}, {"MASTER_ADDR": "10.0.0.1"}
+    )
+    config = build(SETTINGS, resolution, default_host="127.0.0.1")
+    assert list(without_nodes(config, resolution)) == [
+        f"{name} has no effect: there is one node (--nnodes)"
+        for name in ("MASTER_ADDR", "--dist-timeout")
+    ]
 
 
 def test_show_config_reads_the_environment_and_masks_secrets() -> None:

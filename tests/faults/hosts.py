@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -127,13 +127,23 @@ class Launched:
         """Its living processes, itself first."""
         try:
             parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
+            everyone = [parent, *parent.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+        return [process for process in everyone if not gone([process])]
+
+    def running(self, module: str) -> list[psutil.Process]:
+        """Its processes that run `module`."""
+        found = []
+        for process in self.family():
+            with suppress(psutil.Error):  # gone since
+                if module in process.cmdline():
+                    found.append(process)
+        return found
 
     def child(self, module: str) -> psutil.Process:
         """The process that runs `module`."""
-        (found,) = (p for p in self.family() if module in p.cmdline())
+        (found,) = self.running(module)
         return found
 
     def ended(self, timeout: float = 90) -> int:

@@ -160,7 +160,7 @@ def test_a_lost_node_is_noticed(
         if (
             fault == "cable" or fault == "stopped rank"
         ):  # its ranks end by themselves, and it gives node 0 up later
-            wait_until(lambda: not [p for p in second.family() if WORKER in p.cmdline()])
+            wait_until(lambda: not second.running(WORKER))
         else:
             second.process.wait(60)
             wait_until(lambda: gone(family))

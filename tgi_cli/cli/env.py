@@ -50,6 +50,9 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "memory",
         f"{_gib(memory['available_bytes'])} free of {_gib(memory['total_bytes'])}",
     )
+    for rank in report["ranks"]:
+        cores = ",".join(map(str, rank["cores"]))
+        yield f"rank {rank['rank']}", f"process {rank['pid']} on cores {cores}"
     if "error" in kernels:
         yield "kernels", kernels["error"]
     else:

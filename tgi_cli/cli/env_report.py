@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSW(OR)?D|AUTH\w*|CREDENTIA
 _SECRET_VALUE = re.compile(r"\b(?:hf|sk)[_-][A-Za-z0-9_-]{8,}")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 MASK = "***"
+#: Modules that ranks run as: those other than 0, and 0.
+_RANK, _ENGINE = "tgi_cli.engine.worker", "tgi_cli.engine.process"
 
 
 def collect() -> dict[str, Any]:
@@ -103,6 +106,7 @@ def collect() -> dict[str, Any]:
         "os": {"platform": platform.platform(), "libc": " ".join(platform.libc_ver())},
         "cpu": cpu(),
         "memory": memory(),
+        "ranks": ranks(),
         **accelerators(),
         "environment": environment(config.environment()),
     }
@@ -149,6 +153,27 @@ def memory() -> dict[str, int]:
     """Bytes in all and bytes free, by the machine's count."""
     found = psutil.virtual_memory()  # type: ignore[no-untyped-call]
     return {"total_bytes": int(found.total), "available_bytes": int(found.available)}
+
+
+def ranks() -> list[dict[str, Any]]:
+    """The ranks of divided models that run on this machine now, by the engine they belong to."""
+    found: list[dict[str, Any]] = []
+    for process in psutil.process_iter():  # type: ignore[no-untyped-call]
+        with suppress(psutil.Error, ValueError, IndexError):
+            command = process.cmdline()
+            if _RANK not in command:
+                continue
+            rank, parent = int(command[command.index("--rank") + 1]), process.parent()
+            if parent is not None and _ENGINE in parent.cmdline():
+                found.append(_rank(0, parent.pid, parent))
+            found.append(_rank(rank, process.ppid(), process))
+    unique = {entry["pid"]: entry for entry in found}
+    return sorted(unique.values(), key=lambda entry: (entry["started_by"], entry["rank"]))
+
+
+def _rank(rank: int, started_by: int, process: psutil.Process) -> dict[str, Any]:
+    cores = list(process.cpu_affinity() or [])  # type: ignore[no-untyped-call]
+    return {"rank": rank, "pid": process.pid, "started_by": started_by, "cores": cores}
 
 
 def accelerators() -> dict[str, Any]:

@@ -272,7 +272,7 @@ WORKING = (
             "parallel.dist_timeout",
             "Seconds that nodes wait for each other at the start.",
             kind="number",
-            minimum=1,
+            minimum=0.1,
         ),
     ),
     *_panel(

@@ -46,7 +46,10 @@ class OpenedModel:
     ) -> None:
         self.config = config
         self.rank = rank
-        self.backend = select(config.model.device, num_threads=num_threads)
+        here = config.parallel.ranks(config.parallel.node_rank)
+        self.backend = select(
+            config.model.device, num_threads=num_threads, local_rank=rank - here[0]
+        )
         opened = open_checkpoint(config.model.model_id)
         self.checkpoint = with_activations(opened, config, self.backend)
         self.checkpoint.partition(rank, config.parallel.num_shard)

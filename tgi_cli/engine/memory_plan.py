@@ -208,7 +208,7 @@ def plan(
         )
     parallel = config.parallel
     part = sized.partition(rank, parallel.num_shard)
-    free = backend.free_memory() // (parallel.num_shard // parallel.nnodes) + kept
+    free = backend.free_memory(ranks=len(parallel.ranks(0))) + kept
     adapters = adapter_bytes(dtype, part)
     weights = sized.weights_bytes(dtype, part) + adapters
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None

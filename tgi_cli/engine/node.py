@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import msgspec
 
-from tgi_cli import __version__, hub
+from tgi_cli import __version__, model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.control import ControlChannel, how_it_ended
 from tgi_cli.engine.cores import cores_by_node, share_out
@@ -126,13 +126,8 @@ class Node:
         return False
 
     def _ready(self, address: str) -> NodeReady:
-        model, ranks = self._config.model, self._parallel.ranks(self._parallel.node_rank)
-        path = hub.resolve(
-            model.model_id,
-            revision=model.revision,
-            token=model.token,
-            cache_dir=model.cache_dir,
-        )
+        ranks = self._parallel.ranks(self._parallel.node_rank)
+        path = model_path.resolve(self._config.model)
         threads = self._parallel.num_threads or usable_cores()
         return NodeReady(
             fingerprint=fingerprint(path),

@@ -10,6 +10,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -42,6 +43,7 @@ Channels = tuple[ControlChannel, ControlChannel]
 
 _GREETING = 10.0  # seconds a connection may take to say what it is
 _GREETING_SIZE = 1 << 16  # bytes; a stranger may send anything
+_STOPPED = "the engine was stopped while it waited for the other nodes"
 _EXPLANATION = 1.0  # seconds to wait for a node's word on why its rank is gone
 
 
@@ -102,8 +104,8 @@ class Nodes:
         self._decode = msgspec.msgpack.Decoder(FromNode).decode
         threading.Thread(target=self._accept, name="tgi-nodes", daemon=True).start()
 
-    def gather(self, fingerprint: str) -> list[Node]:
-        """Wait until every node is there with the same model; in the order of their ranks.
+    def gather(self, fingerprint: str) -> None:
+        """Wait until every node is there with the same model.
 
         Raises:
             EngineError: one did not come within `--dist-timeout`; names it.
@@ -114,16 +116,23 @@ class Nodes:
         with self._changed:
             self._fingerprint = fingerprint
             self._changed.notify_all()
-        self._wait(
-            lambda: [f"node {number}" for number in numbers if number not in self._nodes],
-            "joined",
-        )
-        # A node that has joined may still have to fetch the model, which takes what it takes.
-        with self._changed:
-            self._changed.wait_for(self._all_ready)
-            if self._closed:
-                raise EngineError("the engine was stopped while it waited for the other nodes")
-            return [self._nodes[number] for number in numbers]
+
+        def absent() -> list[str]:
+            return [f"node {number}" for number in numbers if number not in self._nodes]
+
+        # A node that has joined may still have to fetch the model, which takes what it takes; only
+        # the time counts in which one is not there, or is there no more.
+        patience = self._parallel.dist_timeout
+        while True:
+            moment = time.monotonic()
+            self._wait(absent, "joined", patience)
+            patience -= time.monotonic() - moment
+            with self._changed:
+                self._changed.wait_for(lambda: self._all_ready() or absent())
+                if self._closed:
+                    raise EngineError(_STOPPED)
+                if not absent():
+                    return
 
     def connect(self) -> dict[int, tuple[Node, Channels]]:
         """Have every node start its ranks; where each is and how to reach it, by rank.
@@ -140,13 +149,16 @@ class Nodes:
                 node.channel.send(welcome)
 
         def missing() -> list[str]:
+            for node in nodes:
+                if self._nodes.get(node.node_rank) is not node:
+                    raise EngineError(f"{node} was lost before it could start its ranks")
             return [
                 f"rank {rank} on {node}"
                 for rank, node in wanted.items()
                 if not {(rank, "control"), (rank, "steps")} <= set(self._links)
             ]
 
-        self._wait(missing, "connected")
+        self._wait(missing, "connected", self._parallel.dist_timeout)
         with self._changed:
             return {
                 rank: (
@@ -199,16 +211,16 @@ class Nodes:
             and all(node.ready is not None for node in self._nodes.values())
         )
 
-    def _wait(self, missing: Callable[[], list[str]], what: str) -> None:
-        patience = self._parallel.dist_timeout
+    def _wait(self, missing: Callable[[], list[str]], what: str, patience: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not missing(), patience)
+            self._changed.wait_for(lambda: self._closed or not missing(), max(0.0, patience))
             left, refusal = missing(), self._refusal
         if self._closed:
-            raise EngineError("the engine was stopped while it waited for the other nodes")
+            raise EngineError(_STOPPED)
         if left:
+            limit = self._parallel.dist_timeout
             raise EngineError(
-                f"{' and '.join(left)} has not {what} within {patience:g} seconds (--dist-timeout)"
+                f"{' and '.join(left)} has not {what} within {limit:g} seconds (--dist-timeout)"
                 + (f"; last, {refusal}" if refusal else ""),
                 hint=f"run `tgi launch` there with --nnodes {self._parallel.nnodes}, its own "
                 f"--node-rank, --master-addr {self._parallel.master_addr} and "

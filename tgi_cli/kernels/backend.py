@@ -53,13 +53,17 @@ class Backend:
     collective: Collective = ALONE  # this rank's end of what it shares with the others
     memory: HugePages = field(default_factory=HugePages)  # of KV caches, on a CPU
 
-    def free_memory(self) -> int:
-        """Bytes this process can still take, by the container's limit where that is lower."""
+    def free_memory(self, *, ranks: int = 1) -> int:
+        """Bytes this process can still take, by the container's limit where that is lower.
+
+        Args:
+            ranks: how many of this machine take from the same memory; each has a GPU of its own.
+        """
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
         available = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
         within = cgroup_headroom()
-        return available if within is None else min(available, within)
+        return (available if within is None else min(available, within)) // ranks
 
     def allocate_kv(
         self,
@@ -157,11 +161,16 @@ def merge(*tables: Mapping[str, Any]) -> Ops:
     return cast(Ops, SimpleNamespace(**merged))
 
 
-def select(device: str = "auto", *, num_threads: int | None = None) -> Backend:
-    """The backend for `auto`, `cpu` or `cuda`; `num_threads` also sets torch's own threads.
+def select(device: str = "auto", *, num_threads: int | None = None, local_rank: int = 0) -> Backend:
+    """The backend for `auto`, `cpu` or `cuda`.
+
+    Args:
+        device: one of these.
+        num_threads: also set for torch.
+        local_rank: which of this machine's ranks it is for; each has a GPU of its own.
 
     Raises:
-        UsageError: an unknown device, or CUDA where torch sees no GPU.
+        UsageError: an unknown device, or CUDA where torch sees no GPU or too few.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"unknown device `{device}`", hint="use auto, cpu or cuda")
@@ -179,11 +188,16 @@ def select(device: str = "auto", *, num_threads: int | None = None) -> Backend:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     on_gpu = has_cuda and device != "cpu"
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}",
+            hint="use at most as many shards as there are GPUs",
+        )
     native = None if on_gpu else load()
     variants = native.variants() if native else []
     return Backend(
         name=f"native-{variants[0]}" if variants else "torch-cuda" if on_gpu else "torch-cpu",
-        device=torch.device("cuda" if on_gpu else "cpu"),
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         ops=merge(vars(reference)),
         deterministic=bool(variants),
         num_threads=num_threads or torch.get_num_threads(),

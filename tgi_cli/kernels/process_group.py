@@ -185,7 +185,7 @@ def _gloo(store: Any, rank: int, world_size: int, address: str) -> Any:
 
 
 def _nccl(store: Any, rank: int, world_size: int, address: str) -> Any:
-    """NCCL finds its interfaces by itself, or by NCCL_SOCKET_IFNAME."""
+    """NCCL finds its interfaces by itself, or by NCCL_SOCKET_IFNAME. Never run so far."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _PATIENCE
     return dist.ProcessGroupNCCL(store, rank, world_size, options)

@@ -196,6 +196,7 @@ class Supervisor:
             if not self._was_ready:
                 raise failure
             if not self._engine_restarts.take():
+                self._tell(Restarting(reason=failure.message))  # what requests in flight ended of
                 limit = self._engine_restarts.limit
                 raise EngineError(
                     f"the engine failed again after {limit} restarts in "
