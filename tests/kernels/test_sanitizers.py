@@ -103,7 +103,8 @@ def test_no_kernel_leaves_its_arrays(
 def test_an_overrun_is_seen(sanitized: Path) -> None:
     done = drive(str(sanitized), VARIANTS[-1], "overrun")
     assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+    # Which of the two depends on what lies behind the matrix.
+    assert any(f"heap-{kind}" in done.stderr for kind in ("buffer-overflow", "use-after-free"))
 
 
 @pytest.fixture
