@@ -212,6 +212,14 @@ WORKING = (
             minimum=1,
         ),
         _own(
+            "max_mixed_prompt_tokens",
+            "scheduler.max_mixed_prompt_tokens",
+            "Prompt tokens in a step in which answers grow too: fewer shorten the gaps between "
+            "tokens, more let new requests answer sooner.",
+            kind="integer",
+            minimum=1,
+        ),
+        _own(
             "max_waiting_requests",
             "scheduler.max_waiting",
             "Requests that the engine itself lets wait.",

@@ -143,11 +143,11 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Build the next step, None if there is nothing to run (or all of it is in flight)."""
-        budget = self._config.max_batch_tokens
         sequences: list[Sequence] = []
         rows: list[ScheduledRow] = []
         new_rows: list[NewRow] = []
         ready = [sequence for sequence in self._running if not sequence.in_flight]
+        budget = self._budget(ready)
         behind = len(ready)
         stalled = False  # memory is short: nobody is let in
         for sequence in ready:
@@ -302,6 +302,21 @@ class Scheduler:
                 f" {request.sampling.max_tokens}",
                 param="max_tokens",
             )
+
+    def _budget(self, ready: list[Sequence]) -> int:
+        """Tokens of the next step. Beside answers that grow prompts get less than alone.
+
+        How long such a step takes is a gap that everybody who reads an answer sees.
+        """
+        growing = [sequence for sequence in ready if sequence.num_computed >= sequence.num_prompt]
+        most = self._config.max_batch_tokens
+        if not growing:
+            return most
+        own = sum(
+            len(sequence.token_ids) - sequence.num_computed + len(sequence.draft_ids)
+            for sequence in growing
+        )
+        return min(most, own + self._config.max_mixed_prompt_tokens)
 
     def _run(self, sequence: Sequence, count: int, appended: tuple[list[int], ...]) -> ScheduledRow:
         """Put the next `count` positions into the step being built."""

@@ -26,11 +26,15 @@ class Bench:
         max_num_seqs: int = 4,
         max_model_len: int = 100,
         max_waiting: int = 100,
+        max_mixed_prompt_tokens: int = 1000,
     ) -> None:
         self.now = 0.0
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_batch_tokens=budget, max_waiting=max_waiting
+                max_num_seqs=max_num_seqs,
+                max_batch_tokens=budget,
+                max_waiting=max_waiting,
+                max_mixed_prompt_tokens=max_mixed_prompt_tokens,
             ),
             groups=[KVGroupLayout(window=None, num_blocks=num_blocks)],
             block_size=4,
@@ -478,3 +482,18 @@ def test_the_scheduler_needs_neither_torch_nor_sockets() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_prompts_get_less_of_a_step_beside_answers_that_grow() -> None:
+    bench = Bench(budget=64, max_mixed_prompt_tokens=10)
+    bench.add("a", 60)
+    step = bench.schedule()
+    assert [row.num_tokens for row in step.rows] == [60]  # alone it has the whole budget
+    bench.update(step)
+    bench.add("b", 25)
+    counts = []
+    for _ in range(4):
+        step = bench.schedule()
+        counts.append([row.num_tokens for row in step.rows])
+        bench.update(step)
+    assert counts == [[1, 10], [1, 10], [1, 5], [1, 1]]
