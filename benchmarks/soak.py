@@ -57,7 +57,7 @@ def drawn_setting(draw: random.Random) -> Setting:
         num_threads=draw.choice([1, 2, 2, 3]),
         max_batch_tokens=draw.choice([16, 33, 64, 129, 256, 512, 2048]),
         max_num_seqs=draw.choice([1, 2, 5, 8, 16]),
-        kv_cache_tokens=draw.choice([2 * LONGEST, 3 * LONGEST, 16 * LONGEST]),
+        kv_cache_tokens=draw.choice([LONGEST + 32, 2 * LONGEST, 16 * LONGEST]),
         block_size=16,
         prefix_caching=draw.random() < 0.8,
     )
@@ -73,7 +73,7 @@ def drawn_requests(draw: random.Random, count: int, vocab_size: int) -> list[Req
     requests = []
     for number in range(count):
         prompt = draw.choice(shared) if draw.random() < 0.5 else []
-        prompt = prompt + tokens(draw.choice([1, 7, 16, 40, 100, 260]))
+        prompt = prompt + tokens(draw.choice([1, 7, 16, 40, 100, 150]))
         sampling: dict[str, Any] = {"temperature": 0.0}
         if draw.random() < 0.6:
             sampling = {
@@ -92,7 +92,7 @@ def drawn_requests(draw: random.Random, count: int, vocab_size: int) -> list[Req
                 id=str(number),
                 prompt_ids=prompt,
                 sampling=SamplingParams(
-                    max_tokens=draw.choice([1, 4, 16, 48]),
+                    max_tokens=draw.choice([1, 4, 16, 48, 160]),
                     ignore_eos=True,
                     logprobs=draw.choice([None, 0, 3]),
                     **sampling,
