@@ -77,8 +77,10 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _huge_pages(setting: str | None) -> str:
     if setting in ("always", "madvise"):
         return f"for weights and KV cache ({setting})"
+    if setting is None:
+        return "none on this system"
     return (
-        f"{setting or 'none on this system'}; with them decoding reads a quarter faster: "
+        f"{setting}; with them decoding takes a fifth less time: "
         "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
     )
 

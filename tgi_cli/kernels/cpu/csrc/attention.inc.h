@@ -133,6 +133,7 @@ inline void attend_span(const Attention& a, const Form& form, TileRow* rows, int
   while (count > 0 && rows->position < tile.first_key) ++rows, --count;
   const bool whole = tile.low == 0 && a.window == 0 && count > 0 &&
                      rows->position >= tile.first_key + kTileKeys - 1;
+  // Forms of single numbers take the masked way always: the other one is not compiled for them.
   if (whole && Form::kPair == 2) {
     attend_rows<Form::kPair == 1>(a, form, rows, count, tile, next);
   } else {
