@@ -73,6 +73,23 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
   }
 }
 
+// Cuts panels into runs that get shorter: long ones stream through memory, short ones at the end let all
+// threads end together. first[i] is where run i begins.
+struct PanelRuns {
+  static constexpr int64_t kMost = 128;
+  int64_t first[kMost + 1];
+  int64_t count = 0;
+
+  PanelRuns(int64_t panels, int threads) {
+    const int64_t least = (panels + kMost - 1) / kMost;
+    for (int64_t at = 0; at < panels; ++count) {
+      first[count] = at;
+      at += std::max((panels - at + 2 * threads - 1) / (2 * threads), least);
+    }
+    first[count] = panels;
+  }
+};
+
 // Calls block(row, rows, panel, panels, worker) for all of an [m, n] result. `row_block` rows share a visit of
 // a panel; `group` panels make a tile. Few rows: each item streams a run of panels. Many rows: one
 // group of panels at a time, used again by a block of rows.
@@ -81,6 +98,13 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
   if (g.m <= 0) return;
   const int64_t panels = (g.w.n + kPanel - 1) / kPanel;
   const int64_t row_blocks = (g.m + row_block - 1) / row_block;
+  if (g.m == 1 && group == 1) {  // bf16 panels are large: there short runs cost more than they give
+    const PanelRuns runs(panels, pool.size());
+    pool.parallel(runs.count, [&](int64_t item, int worker) {
+      block(0, 1, runs.first[item], runs.first[item + 1] - runs.first[item], worker);
+    });
+    return;
+  }
   const int64_t wanted = 4 * pool.size();
   int64_t chunk = group;
   if (row_blocks == 1) {

@@ -38,6 +38,13 @@ class Pool {
   // and for all items to use. Aligned to 64 bytes; what it held before is lost.
   void* scratch(size_t bytes);
 
+  // What comes next in memory: from `data` on, a share of `bytes` for each thread. Threads without an
+  // item fetch the beginning of their share while others still work; a hint, and never more than that.
+  void look_ahead(const void* data, int64_t bytes) {
+    ahead_share_.store(bytes / size(), std::memory_order_relaxed);
+    ahead_.store(static_cast<const char*>(data), std::memory_order_release);
+  }
+
   int size() const { return static_cast<int>(threads_.size()) + 1; }
   // How many threads take part now; fewer than size() while other processes need the cores.
   int width() const { return width_.load(std::memory_order_relaxed); }
@@ -51,7 +58,14 @@ class Pool {
   };
   static constexpr uint32_t kJobs = 64;  // a stale reader may be this many jobs behind
 
+  // How far a thread is in fetching what `look_ahead` named last.
+  struct Fetched {
+    const char* data = nullptr;
+    int64_t bytes = 0;
+  };
+
   void work(int worker);
+  void fetch_some(int worker, Fetched* fetched) const;
   bool claim_and_run(uint32_t epoch, int worker);
   void wait_for(uint32_t items);
   void adapt();
@@ -63,6 +77,8 @@ class Pool {
   std::atomic<uint32_t> caller_sleeps_{0};
   std::atomic<int> width_;
   std::atomic<bool> stop_{false};
+  alignas(64) std::atomic<const char*> ahead_{nullptr};
+  std::atomic<int64_t> ahead_share_{0};
   Job jobs_[kJobs];
   // The caller's alone: since when it counts, how long it slept since then, and until when the width
   // stays reduced.

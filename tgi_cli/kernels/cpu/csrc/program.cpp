@@ -7,6 +7,23 @@
 namespace tgi {
 namespace {
 
+// Bytes of the codes of a grouped form; its scales come on top.
+int64_t code_bytes(const Matrix& w) {
+  switch (static_cast<Form>(w.form)) {
+    case Form::kInt4:
+    case Form::kInt4Min:
+    case Form::kInt4MinF:
+    case Form::kInt4Wide:
+    case Form::kInt4WideMin:
+    case Form::kNf4:
+    case Form::kFp4:
+    case Form::kE2m1:
+      return w.n * w.k / 2;
+    default:
+      return w.n * w.k;
+  }
+}
+
 struct Runner {
   Pool& pool;
   const Kernels& kernels;
@@ -38,6 +55,12 @@ struct Runner {
     const int64_t index = (&l - program.layers) * 4 + static_cast<int64_t>(target);
     kernels.lora(pool, {x, out, adapted.data(), slots.data(), program.adapters,
                         static_cast<int64_t>(adapted.size()), w.k, ldo, index});
+  }
+
+  // To be said before the product before it: threads that wait begin to fetch this matrix. For a lone row,
+  // whose kernels are short; bf16 keeps memory busy without it.
+  void next(const Matrix& w) const {
+    if (step.tokens == 1 && static_cast<Form>(w.form) > Form::kBf16) pool.look_ahead(w.data, code_bytes(w));
   }
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
@@ -122,6 +145,7 @@ struct Runner {
 
   void layer(const LayerProgram& l, bool last) {
     norm(step.residual, l.attention_norm, l.eps, step.narrow, false);
+    next(l.output);
     gemm(step.narrow, l.qkv, l.qkv_bias, step.wide, l.qkv.n, Epilogue::kStoreFloat);
     adapt(l, LoraTarget::kQkv, step.narrow, l.qkv, step.wide, l.qkv.n);
     kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
@@ -133,8 +157,10 @@ struct Runner {
                              step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
                              l.kv_heads, l.head_dim, l.window, l.scale, l.softcap, l.kv_form, l.slopes, l.sinks});
     if (last && step.logit_rows != nullptr) keep_logit_rows(l.heads * l.head_dim);
+    next(l.gate_up);
     into_residual(l, LoraTarget::kOutput, step.attended, l.output, l.output_bias, l.after_attention_norm);
     norm(step.residual, l.feed_norm, l.eps, step.narrow, false);
+    next(l.down);
     if (adapted.empty()) {
       gemm(step.narrow, l.gate_up, l.gate_up_bias, step.activated, l.intermediate,
            static_cast<Epilogue>(l.activation));
@@ -143,6 +169,7 @@ struct Runner {
       adapt(l, LoraTarget::kGateUp, step.narrow, l.gate_up, step.gated, l.gate_up.n);
       kernels.activate(pool, {step.gated, step.activated, rows, l.intermediate, l.activation});
     }
+    next(last ? program.head : (&l + 1)->qkv);
     into_residual(l, LoraTarget::kDown, step.activated, l.down, l.down_bias, l.after_feed_norm);
   }
 };
@@ -151,6 +178,7 @@ struct Runner {
 
 void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
   Runner runner{pool, kernels, program, step, step.tokens};
+  runner.next(program.layers[0].qkv);
   runner.find_adapters();
   runner.embed();
   for (int64_t i = 0; i < program.num_layers && !runner.lost; ++i)
