@@ -86,11 +86,15 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, bool]] =
 @pytest.fixture
 def compressed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, bool]:
     """A checkpoint compressed by the library, its twin, and whether matrices stay packed."""
-    form, weights, activations, packs = COMPRESSED[request.param]
-    sizes = {**SIZES, "num_key_value_heads": 4}
-    source = make_checkpoint(tmp_path / "source", "llama", **sizes)
+    return write_compressed(tmp_path, request.param, **SIZES, num_key_value_heads=4)
+
+
+def write_compressed(folder: Path, name: str, **sizes: int) -> tuple[Path, Path, bool]:
+    """A case of `COMPRESSED` for a model of these sizes."""
+    form, weights, activations, packs = COMPRESSED[name]
+    source = make_checkpoint(folder / "source", "llama", **sizes)
     stored, meanings = compress(load_file(source / "model.safetensors"), form, weights)
-    packed = make_checkpoint(tmp_path / "packed", "llama", **sizes)
+    packed = make_checkpoint(folder / "packed", "llama", **sizes)
     save_file(stored, packed / "model.safetensors", {"format": "pt"})
     group = {"targets": ["Linear"], "weights": weights}
     if activations is not None:
@@ -105,7 +109,7 @@ def compressed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Pa
             "config_groups": {"group_0": group},
         },
     )
-    return packed, twin_of(source, tmp_path / "twin", meanings), packs
+    return packed, twin_of(source, folder / "twin", meanings), packs
 
 
 def compress(state: State, form: str, weights: dict[str, Any]) -> tuple[State, State]:
@@ -189,42 +193,49 @@ def test_logits_equal_those_of_transformers(compressed: tuple[Path, Path, bool])
     torch.testing.assert_close(paged(packed).run(TOKENS, 48), expected, rtol=0, atol=close)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-        },
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-        {"load_in_8bit": True},
-    ],
-    ids=["nf4", "nf4-double", "fp4", "int8"],
-)
+BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("name", BITSANDBYTES)
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes warns of kernels it cannot fetch
 @pytest.mark.parametrize("sizes", [SIZES, {**SIZES, "intermediate_size": 96}], ids=["", "ragged"])
-def test_bitsandbytes(options: dict[str, Any], sizes: dict[str, int], tmp_path: Path) -> None:
+def test_bitsandbytes(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    packed, twin = write_bitsandbytes(tmp_path, name, **sizes)
+    check(packed, twin, packs=True)
+
+
+def write_bitsandbytes(folder: Path, name: str, **sizes: int) -> tuple[Path, Path]:
+    """A checkpoint that the library has rounded and saved, and its twin."""
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    source = make_checkpoint(tmp_path / "source", "llama", **sizes)
+    source = make_checkpoint(folder / "source", "llama", **sizes)
     model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
+        source,
+        quantization_config=BitsAndBytesConfig(**BITSANDBYTES[name]),
+        dtype=torch.bfloat16,
     )
-    model.save_pretrained(tmp_path / "packed")
-    state = load_file(tmp_path / "packed" / "model.safetensors")
+    model.save_pretrained(folder / "packed")
+    state = load_file(folder / "packed" / "model.safetensors")
     meanings: State = {}
-    for name, module in model.named_modules():
+    for part, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            meanings[f"{name}.weight"] = meant(bnb, module.weight)
+            meanings[f"{part}.weight"] = meant(bnb, module.weight)
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            codes, scale = state[f"{name}.weight"], state[f"{name}.SCB"]
-            meanings[f"{name}.weight"] = codes.float() * (scale / 127).unsqueeze(1)
-        elif f"{name}.weight" in state:
-            meanings[f"{name}.weight"] = state[f"{name}.weight"].float()
-    check(tmp_path / "packed", twin_of(source, tmp_path / "twin", meanings), packs=True)
+            codes, scale = state[f"{part}.weight"], state[f"{part}.SCB"]
+            meanings[f"{part}.weight"] = codes.float() * (scale / 127).unsqueeze(1)
+        elif f"{part}.weight" in state:
+            meanings[f"{part}.weight"] = state[f"{part}.weight"].float()
+    return folder / "packed", twin_of(source, folder / "twin", meanings)
 
 
 def meant(bnb: Any, weight: Any) -> Tensor:

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -87,6 +88,19 @@ def frame(message: Any) -> bytes:
     """Encode one struct as a frame, for an asyncio writer."""
     data = msgspec.msgpack.encode(message)
     return _LENGTH.pack(len(data)) + data
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process ended, in words; `killed` if by SIGKILL, as the kernel does to get memory."""
+
+    how: str
+    killed: bool = False
+
+    @classmethod
+    def of(cls, code: int) -> Ending:
+        """The ending of a process with this exit code, negative for a signal."""
+        return cls(how_it_ended(code), killed=code == -signal.SIGKILL)
 
 
 def how_it_ended(code: int) -> str:

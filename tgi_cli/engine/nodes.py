@@ -18,7 +18,7 @@ import msgspec
 
 from tgi_cli import __version__
 from tgi_cli.config import ParallelConfig
-from tgi_cli.engine.control import ControlChannel, how_it_ended
+from tgi_cli.engine.control import ControlChannel, Ending
 from tgi_cli.engine.network import listen, notice_death, show
 from tgi_cli.engine.node_messages import (
     Farewell,
@@ -55,29 +55,29 @@ class Node:
         self.host = host
         self.channel = channel
         self.ready: NodeReady | None = None
-        self._endings: dict[int, str] = {}
+        self._endings: dict[int, Ending] = {}
         self._changed = threading.Condition()
 
     def __str__(self) -> str:
         return f"node {self.node_rank} ({self.host})"
 
-    def ended(self, rank: int | None, how: str) -> None:
+    def ended(self, rank: int | None, ending: Ending) -> None:
         """Note what became of a rank, None for all of the node's."""
         with self._changed:
             if rank is None:
-                self._endings[-1] = how
+                self._endings[-1] = ending
             else:
-                self._endings.setdefault(rank, how)
+                self._endings.setdefault(rank, ending)
             self._changed.notify_all()
 
-    def ending(self, rank: int) -> str:
+    def ending(self, rank: int) -> Ending:
         """What became of a rank whose connection has ended; waits for the node's own word."""
         with self._changed:
             self._changed.wait_for(
                 lambda: rank in self._endings or -1 in self._endings, _EXPLANATION
             )
             found = self._endings.get(-1) or self._endings.get(rank)
-        return found or "is out of reach"
+        return found or Ending("is out of reach")
 
 
 class Nodes:
@@ -319,12 +319,12 @@ class Nodes:
                 log.warning("%s sent what is no message", node)
                 break
             if isinstance(message, RankEnded):
-                node.ended(message.rank, how_it_ended(message.code))
+                node.ended(message.rank, Ending.of(message.code))
             elif isinstance(message, NodeLeaves):
-                node.ended(None, "was stopped with its node")
+                node.ended(None, Ending("was stopped with its node"))
             elif not self._same_model(node, message):
                 return
-        node.ended(None, "is out of reach: its node is gone")
+        node.ended(None, Ending("is out of reach: its node is gone"))
 
     def _same_model(self, node: Node, ready: NodeReady) -> bool:
         with self._changed:

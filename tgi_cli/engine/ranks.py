@@ -8,7 +8,6 @@ that no rank goes on waiting. Knows neither steps' content nor the model.
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import msgspec
 import psutil
 
 from tgi_cli import errors
-from tgi_cli.engine.control import ControlChannel, how_it_ended
+from tgi_cli.engine.control import ControlChannel, Ending
 from tgi_cli.engine.messages import RankFacts
 from tgi_cli.engine.nodes import Node
 from tgi_cli.engine.pulse import Pulse
@@ -92,14 +91,12 @@ class Peer:
             return f"rank {self.rank} (process {self.process.pid})"
         return f"rank {self.rank} on {self.node}"
 
-    def ending(self) -> tuple[str, bool]:
-        """How it ended, now that its channel has, and whether it was killed."""
+    def ending(self) -> Ending:
+        """How it ended, now that its channel has."""
         if self.process is not None:
-            code = self.process.wait()
-            return how_it_ended(code), code == -signal.SIGKILL
+            return Ending.of(self.process.wait())
         assert self.node is not None
-        how = self.node.ending(self.rank)
-        return how, "SIGKILL" in how
+        return self.node.ending(self.rank)
 
     def state(self) -> str:
         """What the kernel says of its process, where that explains a silence."""
@@ -255,9 +252,9 @@ class Ranks:
                     self._changed.notify_all()
         if self._closing:
             return
-        how, killed = peer.ending()
+        ending = peer.ending()
         hint = "the kernel kills a process when memory runs out: see `dmesg`"
-        self._fail(f"{peer} {how}", hint=hint if killed else None)
+        self._fail(f"{peer} {ending.how}", hint=hint if ending.killed else None)
 
     def _watch(self) -> None:
         while not self._closing and self._failure is None:

@@ -159,7 +159,7 @@ def _facts(start: RankStart, opened: OpenedModel) -> RankFacts:
         rank=start.rank,
         pid=os.getpid(),
         host=start.address or os.uname().nodename,
-        cores=list(start.cores),
+        cores=sorted(os.sched_getaffinity(0)),
         num_threads=start.num_threads,
         weights_bytes=opened.plan.weights_bytes,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.batch import Batch
-from tgi_cli.model.linear import Linear, SummedLinear, load_linear, load_summed_linear
+from tgi_cli.model.linear import Linear, load_linear, load_summed_linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.norm import Norm
 from tgi_cli.model.spec import AttentionSpec, TensorNames
@@ -47,7 +47,7 @@ class Attention:
         group: int,
         qkv: Linear,
         heads: HeadNorms | PlainHeads,
-        output: Linear | SummedLinear,
+        output: Linear,
         rope_table: Tensor,
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,

@@ -145,7 +145,9 @@ class Checkpoint:
 
     def _stacked_bytes(self, keys: list[str], dtype: torch.dtype, part: Partition) -> int:
         shapes = [part.shape(key, self.format.shape(self.source, key)) for key in keys]
-        scheme = self.format.scheme(self.source, keys) if len(shapes[0]) == 2 else None
+        scheme = None
+        if len(shapes[0]) == 2:
+            scheme = self.format.scheme(self.source, keys, part.shard(keys[0]))
         if scheme is not None:
             return matrix_bytes(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
         return sum(map(math.prod, shapes)) * dtype.itemsize

@@ -42,16 +42,16 @@ class BiasedLinear(Linear):
         return self.weight.matmul(x, self.ops).add_(self.bias)
 
 
-class SummedLinear:
-    """`x @ weight.T + bias`, where every rank has some of the inputs; the bias is added once."""
+class WrappedLinear(Linear):
+    """A linear layer around another, whose weight and bias are its own."""
 
-    def __init__(self, part: Linear, collective: Collective) -> None:
+    def __init__(self, part: Linear) -> None:
         self.part = part
-        self.collective = collective
+        super().__init__(part.ops, part.weight)
 
     @property
     def weight(self) -> Weight:
-        """This rank's part: [out_features, its in_features]."""
+        """[out_features, in_features], or a rank's part of it."""
         return self.part.weight
 
     @weight.setter
@@ -60,8 +60,16 @@ class SummedLinear:
 
     @property
     def bias(self) -> Tensor | None:
-        """[out_features] on the rank that adds it."""
+        """[out_features], or None."""
         return getattr(self.part, "bias", None)
+
+
+class SummedLinear(WrappedLinear):
+    """`x @ weight.T + bias`, where every rank has some of the inputs; one adds the bias."""
+
+    def __init__(self, part: Linear, collective: Collective) -> None:
+        super().__init__(part)
+        self.collective = collective
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """[tokens, its in_features] -> [tokens, out_features]."""
@@ -70,7 +78,7 @@ class SummedLinear:
 
 def load_summed_linear(
     loader: Loader, name: str, out_features: int, in_features: int, *, bias: bool
-) -> Linear | SummedLinear:
+) -> Linear:
     """Read `<name>.weight` (and `<name>.bias`), cut along the inputs where there are ranks."""
     if loader.partition.world_size == 1:
         return load_linear(loader, [name], [out_features], in_features, bias=bias)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tgi_cli.model.batch import Batch
 from tgi_cli.model.layer import Layer
-from tgi_cli.model.linear import Linear, SummedLinear
-from tgi_cli.quantize.formats.base import Weight
+from tgi_cli.model.linear import Linear, SummedLinear, WrappedLinear
 
 #: The linear layers of a decoder layer; q, k and v are one, and so are gate and up.
 Target = Literal["qkv", "output", "gate_up", "down"]
@@ -62,28 +61,13 @@ class AdapterBank:
         return self.adapters[slot - 1].parts.get((layer, target), ())
 
 
-class AdaptedLinear(Linear):
+class AdaptedLinear(WrappedLinear):
     """A linear layer, and what the adapters of some rows add to it."""
 
     def __init__(self, part: Linear, bank: AdapterBank, layer: int, target: Target) -> None:
-        self.part = part
+        super().__init__(part)
         self._bank = bank
         self._place: tuple[int, Target] = (layer, target)
-        super().__init__(part.ops, part.weight)
-
-    @property
-    def weight(self) -> Weight:
-        """The layer's own: [out_features, in_features]."""
-        return self.part.weight
-
-    @weight.setter
-    def weight(self, weight: Weight) -> None:
-        self.part.weight = weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's own: [out_features], or None."""
-        return getattr(self.part, "bias", None)
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features]."""
@@ -107,7 +91,7 @@ def attach(layers: Sequence[Layer], bank: AdapterBank) -> None:
             if not any((index, target) in adapter.parts for adapter in bank.adapters):
                 continue
             owner = layer.attention if target in ("qkv", "output") else layer.mlp
-            linear: Linear | SummedLinear = getattr(owner, target)
+            linear: Linear = getattr(owner, target)
             if isinstance(linear, SummedLinear):  # what every rank adds is summed with the rest
                 linear.part = AdaptedLinear(linear.part, bank, index, target)
             else:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tgi_cli.kernels.ops import Ops
 from tgi_cli.model.batch import Batch
-from tgi_cli.model.linear import Linear, SummedLinear, load_linear, load_summed_linear
+from tgi_cli.model.linear import Linear, load_linear, load_summed_linear
 from tgi_cli.model.loader import Loader
 from tgi_cli.model.spec import DenseSpec, TensorNames
 
@@ -14,9 +14,7 @@ from tgi_cli.model.spec import DenseSpec, TensorNames
 class GatedMLP:
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(
-        self, ops: Ops, spec: DenseSpec, gate_up: Linear, down: Linear | SummedLinear
-    ) -> None:
+    def __init__(self, ops: Ops, spec: DenseSpec, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[spec.activation]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tgi_cli.kernels.grouped import Grouped, GroupScheme
-from tgi_cli.quantize.formats.base import Shard, TensorSource, Weight
+from tgi_cli.quantize.formats.base import WHOLE, Shard, TensorSource, Weight
 from tgi_cli.quantize.formats.dense import DenseFormat, DenseWeight
 from tgi_cli.quantize.formats.packed import (
     RUN,
@@ -21,6 +21,7 @@ from tgi_cli.quantize.formats.packed import (
     GroupedWeight,
     Slice,
     StoredMatrix,
+    cut,
     decoded,
     stack,
 )
@@ -114,14 +115,17 @@ class AtLoadFormat:
         """As stored."""
         return source.shape(key)
 
-    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+    def scheme(
+        self, source: TensorSource, keys: Sequence[str], shard: Shard = WHOLE
+    ) -> GroupScheme | None:
         """See `Format.scheme`."""
         if not self.packs or not all(self.covers(source, key) for key in keys):
             return None
         rounding, columns = self._rounding(keys[0]), source.shape(keys[0])[1]
         if rounding is None or columns % rounding.unit:
             return None
-        return rounding.scheme(columns)
+        bounds = shard.bounds(columns) if shard.dim == 1 else (0, columns)
+        return cut(rounding.scheme(columns), columns, *bounds)
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:
         """A matrix that will be rounded, or one that was, dense in `dtype`.

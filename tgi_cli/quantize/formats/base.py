@@ -134,8 +134,13 @@ class Format(Protocol):
         """Logical shape of `key`."""
         ...
 
-    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
-        """What these matrices will be held in once stacked; None if they become dense."""
+    def scheme(
+        self, source: TensorSource, keys: Sequence[str], shard: Shard = WHOLE
+    ) -> GroupScheme | None:
+        """What these matrices will be held in once stacked; None if they become dense.
+
+        With `shard`, parts of them; only cuts along the inputs make a difference.
+        """
         ...
 
     def load(self, source: TensorSource, key: str, shard: Shard, dtype: torch.dtype) -> Weight:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tgi_cli.errors import CheckpointError, UnsupportedModel
-from tgi_cli.quantize.formats.base import Shard, TensorSource, Weight
+from tgi_cli.quantize.formats.base import WHOLE, Shard, TensorSource, Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,7 +113,7 @@ class DenseFormat:
         """As stored."""
         return source.shape(key)
 
-    def scheme(self, source: TensorSource, keys: Sequence[str]) -> None:
+    def scheme(self, source: TensorSource, keys: Sequence[str], shard: Shard = WHOLE) -> None:
         """Dense matrices have none."""
         return
 

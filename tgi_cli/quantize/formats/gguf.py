@@ -148,7 +148,9 @@ class GgufFormat:
         """Logical shape."""
         return source.shape(key)
 
-    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+    def scheme(
+        self, source: TensorSource, keys: Sequence[str], shard: Shard = WHOLE
+    ) -> GroupScheme | None:
         """What `fuse` will keep these matrices in; None if they become dense."""
         if not self.packs or not isinstance(source, PackedSource):
             return None

@@ -73,12 +73,8 @@ class Slice:
         scheme, self.order = whole.scheme, whole.order
         if shard.dim == 1 and whole.order is not None:
             scheme, self.order = None, None  # its groups have inputs in other shards
-        # One scale for a whole row is that of every part of it.
         self._rows_share = scheme is not None and scheme.group == whole.in_features
-        if scheme is not None and self._rows_share:
-            scheme = replace(scheme, group=self.in_features)
-        unit = RUN if scheme is None or self._rows_share else max(scheme.group, RUN)
-        self.scheme = None if any(edge % unit for edge in self._columns) else scheme
+        self.scheme = scheme and cut(scheme, whole.in_features, *self._columns)
 
     def decode(self, start: int, end: int) -> Tensor:
         """See `StoredMatrix.decode`."""
@@ -97,6 +93,15 @@ class Slice:
             found.scales[:, groups],
             None if minima is None else minima[:, groups],
         )
+
+
+def cut(scheme: GroupScheme, in_features: int, start: int, end: int) -> GroupScheme | None:
+    """The scheme of inputs `start` up to `end` of a matrix; None if a group or a run is cut."""
+    if scheme.group == in_features:  # one scale for a whole row is that of every part of it
+        unit, scheme = RUN, replace(scheme, group=end - start)
+    else:
+        unit = max(scheme.group, RUN)
+    return None if start % unit or end % unit else scheme
 
 
 def decoded(matrix: StoredMatrix, dtype: torch.dtype) -> Tensor:
@@ -275,11 +280,17 @@ class PackedFormat(ABC):
         matrix = self.stored(source, key)
         return matrix.out_features, matrix.in_features
 
-    def scheme(self, source: TensorSource, keys: Sequence[str]) -> GroupScheme | None:
+    def scheme(
+        self, source: TensorSource, keys: Sequence[str], shard: Shard = WHOLE
+    ) -> GroupScheme | None:
         """See `Format.scheme`."""
         if not self.packs or not all(self.covers(source, key) for key in keys):
             return None
         matrices = [self.stored(source, key) for key in keys]
+        if shard.dim == 1:
+            matrices = [
+                Slice(matrix, shard, key) for matrix, key in zip(matrices, keys, strict=True)
+            ]
         schemes = {matrix.scheme for matrix in matrices}
         return schemes.pop() if len(schemes) == 1 and _one_order(matrices) else None
 

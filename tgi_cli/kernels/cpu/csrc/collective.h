@@ -3,6 +3,11 @@
 // Every rank makes the same calls in the same order. A sum adds the ranks' values in the order of the
 // ranks, whatever the size of the message, so it has the same bits on every rank and in every batch.
 // Waiting spins, then yields, then sleeps; it ends when somebody raises the abort flag.
+//
+// Order of memory: a rank writes its slot and the size, then releases `sent`; the others acquire it
+// before they read either. Reading is over before a rank releases its next message, and a slot is
+// written again only after that one of every rank was acquired. The flag and `progress` carry no data
+// and are read relaxed. tests/kernels/races.cpp has the thread sanitizer watch this.
 #pragma once
 
 #include <atomic>

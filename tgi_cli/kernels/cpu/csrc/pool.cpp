@@ -58,7 +58,6 @@ inline void set_float_mode() {
 }  // namespace
 
 Pool::Pool(int num_threads) : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_) {
-  for (auto& job : jobs_) job = {nullptr, nullptr, 0};
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
@@ -82,17 +81,21 @@ void* Pool::scratch(size_t bytes) {
 
 bool Pool::claim_and_run(uint32_t epoch, int worker) {
   // The job was written before its epoch was published and is rewritten only kJobs epochs later; a
-  // successful claim proves that the epoch was still current after the job was read.
-  const Job job = jobs_[epoch % kJobs];
+  // successful claim proves that the epoch was still current after the job was read. Claims acquire
+  // what the ticket's store released, and the caller acquires from `done_` what every item wrote.
+  const Job& job = jobs_[epoch % kJobs];
+  const Body body = job.body.load(std::memory_order_relaxed);
+  void* const context = job.context.load(std::memory_order_relaxed);
+  const uint32_t items = job.items.load(std::memory_order_relaxed);
   bool ran = false;
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (static_cast<uint32_t>(ticket >> 32) == epoch && static_cast<uint32_t>(ticket) < job.items) {
+  while (static_cast<uint32_t>(ticket >> 32) == epoch && static_cast<uint32_t>(ticket) < items) {
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
                                        std::memory_order_acquire))
       continue;
-    job.body(job.context, static_cast<uint32_t>(ticket), worker);
+    body(context, static_cast<uint32_t>(ticket), worker);
     const uint32_t done = done_.fetch_add(1, std::memory_order_seq_cst) + 1;
-    if (worker != 0 && done == job.items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
+    if (worker != 0 && done == items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
     ran = true;
     ticket = ticket_.load(std::memory_order_acquire);
   }
@@ -107,7 +110,10 @@ void Pool::run(int64_t items, Body body, void* context) {
     return;
   }
   const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-  jobs_[epoch % kJobs] = {body, context, static_cast<uint32_t>(items)};
+  Job& job = jobs_[epoch % kJobs];
+  job.body.store(body, std::memory_order_relaxed);
+  job.context.store(context, std::memory_order_relaxed);
+  job.items.store(static_cast<uint32_t>(items), std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
   ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) {

@@ -51,10 +51,12 @@ class Pool {
 
  private:
   using Clock = std::chrono::steady_clock;
+  // Atomic, as a worker that is late may read a job while a later one is written over it; it then
+  // claims nothing. Relaxed: what publishes a job is the ticket.
   struct alignas(64) Job {
-    Body body;
-    void* context;
-    uint32_t items;
+    std::atomic<Body> body{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<uint32_t> items{0};
   };
   static constexpr uint32_t kJobs = 64;  // a stale reader may be this many jobs behind
 
