@@ -41,6 +41,7 @@ from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
 from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.listener import BACKLOG
+from tgi_cli.serve.responses.peers import Peers
 from tgi_cli.serve.tls import tls_context
 from tgi_cli.tokenizer import load_tokenizer
 
@@ -80,12 +81,15 @@ class Worker:
         self._start = start
         self._listener = listener
         self._client = ProcessClient()
+        workers = start.config.http_workers
+        self._peers = Peers(start.runtime_dir if workers > 1 else None, start.index, workers)
         self._app = build_app(
             start.config,
             self._client,
             model_id=start.engine.model.model_id,
             worker=start.index,
             ledger=ledger,
+            peers=self._peers,
         )
         self._texts: Texts | None = None
         self._early: tuple[str, asyncio.Task[Texts]] | None = None  # being read, from which path
@@ -105,6 +109,8 @@ class Worker:
             backlog=BACKLOG,
         )
         await self._site.start()
+        if not self._peers.alone:
+            await web.UnixSite(runner, self._peers.socket).start()
         self._read_early()
         listening = asyncio.create_task(self._follow(reader, writer))
         finished = asyncio.create_task(self._finished.wait())
