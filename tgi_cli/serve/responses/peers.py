@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 import orjson
 from aiohttp import web
-from multidict import CIMultiDict
 
 from tgi_cli.errors import EngineUnavailable
 from tgi_cli.serve.observe import ID, ID_HEADER
@@ -135,8 +134,8 @@ async def _previous(request: web.Request) -> Any:
     return raw.get("previous_response_id") if isinstance(raw, dict) else None
 
 
-def _kept(headers: Any, without: frozenset[str]) -> CIMultiDict[str]:
-    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in without)
+def _kept(headers: Any, without: frozenset[str]) -> dict[str, str]:
+    return {k: v for k, v in headers.items() if k.lower() not in without}
 
 
 PEERS = web.AppKey("peers", Peers)
