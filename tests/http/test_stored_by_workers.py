@@ -138,6 +138,18 @@ async def test_keys_hold_where_it_is_kept(server: LiveServer, workers: Sessions)
         await session.close()
 
 
+async def test_what_is_not_http_leaves_no_traceback(server: LiveServer) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/9.9\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    async with asyncio.timeout(10):
+        while "not HTTP" not in server.stderr:
+            await asyncio.sleep(0.05)
+    assert "Traceback" not in server.stderr
+
+
 async def test_a_worker_that_dies_takes_its_own_along(
     server: LiveServer, workers: Sessions
 ) -> None:

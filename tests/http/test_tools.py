@@ -272,6 +272,22 @@ async def test_required_calls_are_forced_by_all_schemas(talk: Any, parallel: boo
     assert talker.site.engine.requests[-1].grammar is None
 
 
+@pytest.mark.parametrize("template", [HERMES, MISTRAL], ids=["forced", "mistral"])
+async def test_whole_calls_of_an_array_that_was_cut(talk: Any, template: str) -> None:
+    talker = await talk(template)
+    calls = '[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "add", "argum'
+    talker.says(calls if template == HERMES else f"[TOOL_CALLS]{calls}")
+    choice = {"tool_choice": "required"} if template == HERMES else {}
+    size = len(talker.site.engine.reply(None)) - 1  # one byte a token: the limit cuts it
+    reply = await talker.ask(**choice, max_tokens=size)
+    assert called(reply.message) == [("get_weather", CITIES[0])]
+    assert reply.finish_reason == "length"
+    assert reply.message.content == '{"name": "add", "argu'
+    chunks = await talker.stream(**choice, max_tokens=size)
+    pieces = [call for c in chunks for call in c.delta.tool_calls or ()]
+    assert json.loads("".join(p.function.arguments or "" for p in pieces)) == CITIES[0]
+
+
 async def test_references_of_forced_schemas_hold_where_they_have_moved(talk: Any) -> None:
     node = {
         "type": "object",

@@ -18,6 +18,7 @@ import msgspec
 import prometheus_client
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from tgi_cli import log as logs
 from tgi_cli.chat_template import ChatTemplate
@@ -219,8 +220,19 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
         return
     start = msgspec.msgpack.decode(data, type=WorkerStart)
     logs.configure(start.config.log_level, json_logs=start.config.json_logs)
+    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     ledger = Ledger(ledger_fd, start.index, start.config.http_workers)
     await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """What is not HTTP at all is its sender's fault: no traceback in the server's log."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, BadHttpMessage):
+        record.msg = f"{record.getMessage()}: not HTTP: {error.message[:200]!r}"
+        record.args, record.exc_info, record.exc_text = (), None, None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
