@@ -329,6 +329,16 @@ async def test_logprobs_of_held_back_text_are_streamed(talk: Any) -> None:
     assert "".join(tokens).startswith(SAID[HERMES])
 
 
+async def test_a_template_that_leaves_tools_out(talk: Any) -> None:
+    talker = await talk("{% if xml_tools %}{{ xml_tools }}{{ tools }}{% endif %}{{ messages }}")
+    talker.says("Fine.")
+    with pytest.raises(openai.BadRequestError, match="left `tools` out") as refusal:
+        await talker.ask()
+    assert refusal.value.param == "tools"
+    named = await talker.ask(extra_body={"chat_template_kwargs": {"xml_tools": "here:"}})
+    assert named.message.content == "Fine."
+
+
 async def test_unknown_formats_are_refused(talk: Any) -> None:
     talker = await talk("{{ tools }}<tool_call><function=name>")
     with pytest.raises(openai.BadRequestError, match="not supported yet"):
