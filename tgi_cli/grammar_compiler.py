@@ -26,6 +26,8 @@ from tgi_cli.tokenizer import Tokenizer
 
 #: Seconds a grammar may take to compile. Sane ones take milliseconds.
 COMPILE_DEADLINE: Final = 10.0
+#: Characters of a grammar: the compiler recurses over them, on a stack that ends.
+MAX_SOURCE: Final = 1 << 18
 #: Compiled grammars kept for the next request.
 _NUM_KEPT: Final = 128
 _MAX_MESSAGE: Final = 300
@@ -134,11 +136,17 @@ class GrammarCompiler:
         compiled = self.cached(grammar)
         if compiled is not None:
             return compiled
+        if len(grammar.source) > MAX_SOURCE:
+            raise _invalid(
+                f"it has {len(grammar.source):,} characters, more than the {MAX_SOURCE:,} allowed"
+            )
         vocabulary = self.prepare()
         try:
             definition = _definition(grammar)
         except ValueError as error:
             raise _invalid(str(error)) from None
+        except RecursionError:
+            raise _invalid("it is nested too deeply") from None
         matcher = llguidance.LLMatcher(vocabulary, definition, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise _invalid(matcher.get_error())

@@ -223,6 +223,48 @@ async def test_malformed_bodies(
         assert set(body) == {"error", "error_type"}
 
 
+async def test_a_body_that_is_not_encoded_as_it_says(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    for encoding in ("gzip", "deflate"):
+        headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+        async with site.session.post(CHAT, data=b'{"messages": []}', headers=headers) as response:
+            assert response.status == 400
+            assert encoding in openai_message(await response.json())
+            assert response.headers["Connection"] == "close"
+    assert "Traceback" not in caplog.text
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """A schema of objects in objects."""
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+async def test_bodies_nested_too_deeply(site: Site) -> None:
+    tool = {"name": "f", "parameters": nested(150), "input_schema": nested(150)}
+    for field, value in (
+        ("response_format", {"type": "json", "value": nested(150)}),
+        ("tools", [{"type": "function", "function": tool}]),
+        ("chat_template_kwargs", nested(150)),
+        ("nobody_knows", nested(150)),
+    ):
+        status, body, _ = await site.post(CHAT, {"messages": MESSAGES, field: value})
+        assert status == 400, field
+        assert "more than 200 levels" in openai_message(body)
+    status, body, _ = await site.post("/v1/responses", {"input": "a", "tools": [tool]})
+    assert (status, "200 levels" in openai_message(body)) == (400, True)
+    status, body, _ = await site.post("/v1/messages", {"messages": MESSAGES, "tools": [tool]})
+    assert (status, "200 levels" in body["error"]["message"]) == (400, True)
+    parameters = {"grammar": {"type": "json", "value": nested(150)}}
+    status, body, _ = await site.post(GENERATE, {"inputs": "a", "parameters": parameters})
+    assert (status, body["error_type"]) == (422, "validation")
+    many = {"messages": MESSAGES * 300, "max_tokens": 2}  # wide is not deep
+    assert (await site.post(CHAT, many))[1]["error"]["code"] == "context_length_exceeded"
+
+
 async def test_payload_limit(serve: Serve) -> None:
     site = await serve(payload_limit=1000)
     for path in (CHAT, GENERATE):

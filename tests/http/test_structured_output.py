@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,10 +15,23 @@ from tests.http.scripted import byte_facts
 from tests.unit.text.templates import CHATML
 from tgi_cli.chat_template import ChatTemplate
 from tgi_cli.grammar import Grammar
+from tgi_cli.grammar_compiler import CompiledGrammar, GrammarCompiler
 from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def links(count: int) -> str:
+    """Rules in a ring, each of which may go on with the next."""
+    return "\n".join(f'a{i}: "x" | "y" a{(i + 1) % count}' for i in range(count))
+
+
+def chain(count: int) -> str:
+    """Rules each of which needs the next."""
+    return "\n".join(f'a{i}: "x" a{i + 1}' for i in range(count)) + f'\na{count}: "y"'
+
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 OBJECT, LIKE = Grammar.json_object(), Grammar.json_schema(SCHEMA)
 
@@ -198,3 +214,70 @@ async def test_a_server_may_be_without_grammars(serve: Serve) -> None:
     status, reply, _ = await site.post("/v1/chat/completions", {**CHAT, "guided_regex": "a"})
     assert (status, reply["error"]["param"]) == (400, "guided_regex")
     assert (await site.post("/v1/chat/completions", CHAT))[0] == 200
+
+
+async def test_a_grammar_that_takes_for_ever_holds_nobody_else(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    compile_ = GrammarCompiler.compile
+
+    def slow(self: GrammarCompiler, grammar: Grammar) -> CompiledGrammar:
+        if grammar.source.startswith("slow"):
+            released.wait(30)
+        return compile_(self, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", slow)
+    threads = site.app[DOOR]._grammars[1]
+    threads._deadline = 0.2
+    try:
+        for i in range(4):
+            status, body, _ = await site.post("/v1/completions", asking(f"slow{i}"))
+            assert status == 400
+            assert "takes more than 0.2 seconds" in body["error"]["message"]
+            assert body["error"]["param"] == "guided_regex"
+            # Neither plain requests nor other people's grammars stand behind it.
+            assert (await site.post("/v1/completions", {"prompt": "a", "max_tokens": 1}))[0] == 200
+            if i < 3:
+                assert (await site.post("/v1/completions", asking(f"quick{i}")))[0] == 200
+        # The same again is known, and another is one too many.
+        started = time.monotonic()
+        assert (await site.post("/v1/completions", asking("slow0")))[0] == 400
+        status, body, headers = await site.post("/v1/completions", asking("quick9"))
+        assert time.monotonic() - started < 0.2
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert "4 grammars that take too long" in body["error"]["message"]
+        assert (await site.post("/v1/completions", asking("quick0")))[0] == 200  # compiled before
+    finally:
+        released.set()
+    async with asyncio.timeout(30):
+        while (await site.post("/v1/completions", asking("quick9")))[0] != 200:
+            await asyncio.sleep(0.01)
+
+
+def asking(regex: str) -> dict[str, Any]:
+    return {"prompt": "a", "max_tokens": 3, "guided_regex": regex}
+
+
+@pytest.mark.parametrize(
+    ("source", "refusal"),
+    [
+        # The first two have ended a process: the compiler recurses over what it reads.
+        ("start: " + " ".join(f"a{i}" for i in range(4000)) + "\n" + links(4000), ""),
+        ("start: a0\n" + chain(11_000), ""),
+        ("start: a0\n" + chain(20_000), "more than the 262,144"),
+        ("start: " + "(" * 50_000 + '"x"' + ")" * 50_000, "too deeply"),
+    ],
+    ids=["wide", "deep", "long", "nested"],
+)
+async def test_grammars_that_are_deep(site: Site, source: str, refusal: str) -> None:
+    body = {"prompt": "a", "max_tokens": 1, "guided_grammar": source}
+    status, reply, _ = await site.post("/v1/completions", body)
+    assert (status, refusal in str(reply)) == (400 if refusal else 200, True), reply
+
+
+async def test_a_schema_as_text_that_is_nested_too_deeply(site: Site) -> None:
+    deep = '{"properties":{"a":' * 4_000 + "{}" + "}}" * 4_000
+    status, body, _ = await site.post("/v1/completions", {"prompt": "a", "guided_json": deep})
+    assert (status, body["error"]["param"]) == (400, "guided_json")
+    assert "nested too deeply" in body["error"]["message"]

@@ -272,6 +272,22 @@ async def test_required_calls_are_forced_by_all_schemas(talk: Any, parallel: boo
     assert talker.site.engine.requests[-1].grammar is None
 
 
+@pytest.mark.parametrize("template", [HERMES, MISTRAL], ids=["forced", "mistral"])
+async def test_whole_calls_of_an_array_that_was_cut(talk: Any, template: str) -> None:
+    talker = await talk(template)
+    calls = '[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "add", "argum'
+    talker.says(calls if template == HERMES else f"[TOOL_CALLS]{calls}")
+    choice = {"tool_choice": "required"} if template == HERMES else {}
+    size = len(talker.site.engine.reply(None)) - 1  # one byte a token: the limit cuts it
+    reply = await talker.ask(**choice, max_tokens=size)
+    assert called(reply.message) == [("get_weather", CITIES[0])]
+    assert reply.finish_reason == "length"
+    assert reply.message.content == '{"name": "add", "argu'
+    chunks = await talker.stream(**choice, max_tokens=size)
+    pieces = [call for c in chunks for call in c.delta.tool_calls or ()]
+    assert json.loads("".join(p.function.arguments or "" for p in pieces)) == CITIES[0]
+
+
 async def test_references_of_forced_schemas_hold_where_they_have_moved(talk: Any) -> None:
     node = {
         "type": "object",
@@ -311,6 +327,16 @@ async def test_logprobs_of_held_back_text_are_streamed(talk: Any) -> None:
     choices = await talker.stream(logprobs=True)
     tokens = [t.token for c in choices if c.logprobs for t in c.logprobs.content]
     assert "".join(tokens).startswith(SAID[HERMES])
+
+
+async def test_a_template_that_leaves_tools_out(talk: Any) -> None:
+    talker = await talk("{% if xml_tools %}{{ xml_tools }}{{ tools }}{% endif %}{{ messages }}")
+    talker.says("Fine.")
+    with pytest.raises(openai.BadRequestError, match="left `tools` out") as refusal:
+        await talker.ask()
+    assert refusal.value.param == "tools"
+    named = await talker.ask(extra_body={"chat_template_kwargs": {"xml_tools": "here:"}})
+    assert named.message.content == "Fine."
 
 
 async def test_unknown_formats_are_refused(talk: Any) -> None:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from tgi_cli.serve.openai.tools.calls import CallParser
 from tgi_cli.serve.openai.tools.formats import (
+    APRIEL,
     GRANITE,
     HERMES,
     LLAMA3,
     MISTRAL,
+    NEMOTRON,
     PLAIN_JSON,
     CallFormat,
     format_of,
@@ -23,7 +25,7 @@ from tgi_cli.serve.openai.tools.formats import (
 from tgi_cli.serve.openai.tools.parser import Arguments, CallStart, Piece
 
 NAMES = ("add", "get_weather")
-FORMATS = (HERMES, LLAMA3, MISTRAL, GRANITE, PLAIN_JSON)
+FORMATS = (HERMES, LLAMA3, MISTRAL, GRANITE, NEMOTRON, APRIEL, PLAIN_JSON)
 SPACE = " \t\r\n"
 
 
@@ -98,7 +100,7 @@ def written(form: CallFormat, made: list[tuple[str, dict[str, Any]]], space: str
     bodies = [json.dumps({"name": name, key: given}) for name, given in made]
     if form is HERMES:
         return space.join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-    if form in (MISTRAL, GRANITE):
+    if form.array:
         return f"{form.opening}{space}[{', '.join(bodies)}]"
     if form is LLAMA3:
         return f"<|python_tag|>{space}" + ";".join(bodies)
@@ -146,7 +148,8 @@ def test_mistral_names_outside_the_json(made: list[tuple[str, dict[str, Any]]], 
         (LLAMA3, '{"answer": 42}'),
         (LLAMA3, '[sic] {"name": "add", "parameters": {}}'),
         (MISTRAL, "[TOOL_CALLS]unknown{}"),
-        (MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {}},'),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {'),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "unknown", "arguments": {}},'),
         (PLAIN_JSON, 'Sure: {"name": "add", "arguments": {}}'),
         (PLAIN_JSON, '[{"name": "add"}, {"name": "unknown"}]'),
         (PLAIN_JSON, "{" * 1000),
@@ -203,7 +206,13 @@ def test_no_character_is_looked_at_often(form: CallFormat, unit: str) -> None:
         ('{{ "[TOOL_CALLS] [" }}', MISTRAL),
         ("{{ '<|tool_call|>' }}", GRANITE),
         ("{{ tools | tojson }}", PLAIN_JSON),
+        ("{{ '<TOOLCALL>[' }}", NEMOTRON),
+        ("As in <tool_call>: {{ '<tool_calls>[' }}", APRIEL),
         ("<tool_call>\n<function=name>", None),
+        ("{{ '<tool_call>' + name }}<arg_key>", None),
+        ("<|DSML|invoke name=", None),
+        ("{{ '<|tool_call>call:' }}", None),
+        ("{{ '<|tool_call_begin|>functions.' }}", None),
         ("{{ '<|channel|>commentary to=functions.' }}", None),
     ],
 )

@@ -6,20 +6,14 @@ Compilation runs in threads with a deadline. Knows neither the scheduler nor a t
 
 from __future__ import annotations
 
-import logging
 import queue
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from tgi_cli.engine.messages import Request
-from tgi_cli.errors import InvalidRequest, TgiError
+from tgi_cli.errors import InvalidRequest
 from tgi_cli.grammar_compiler import COMPILE_DEADLINE, CompiledGrammar, GrammarCompiler
-
-log = logging.getLogger(__name__)
-
-_NUM_THREADS = 2
-_TOO_SLOW = "grammar is not valid: compiling it takes more than {:g} seconds"
+from tgi_cli.grammar_threads import Compiled, GrammarThreads
 
 
 class GrammarQueue:
@@ -32,7 +26,7 @@ class GrammarQueue:
 
     def __init__(self, compiler: GrammarCompiler, *, deadline: float = COMPILE_DEADLINE) -> None:
         self._compiler = compiler
-        self._deadline = deadline
+        self._threads = GrammarThreads(compiler, deadline=deadline)
         #: Called from a compiling thread when `ready` has something; replaced by the engine.
         self.wake: Callable[[], None] = _nobody
         self._parked: dict[str, Request] = {}
@@ -40,7 +34,6 @@ class GrammarQueue:
         self._results: queue.SimpleQueue[tuple[Request, CompiledGrammar | str]] = (
             queue.SimpleQueue()
         )
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tgi-compile")
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -64,7 +57,8 @@ class GrammarQueue:
             self._held[request.id] = compiled
             return False
         self._parked[request.id] = request
-        self._watch(request, self._pool.submit(self._compile, request))
+        compiling = self._threads.submit(request.grammar)
+        compiling.add_done_callback(partial(self._ended, request))
         return True
 
     def withdraw(self, request_id: str) -> bool:
@@ -94,35 +88,17 @@ class GrammarQueue:
 
     def close(self) -> None:
         """End the threads, as soon as what they compile is done."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
-    def _compile(self, request: Request) -> None:
-        assert request.grammar is not None
-        try:
-            self._end(request, self._compiler.compile(request.grammar))
-        except TgiError as error:
-            self._end(request, error.message)
-        except Exception:
-            log.exception("the grammar of request %s could not be compiled", request.id)
-            self._end(request, "an internal error: the grammar could not be compiled")
-
-    def _watch(self, request: Request, compiling: Future[None]) -> None:
-        """End the request at the deadline. Reading the vocabulary, done once, does not count."""
-
-        def expire() -> None:
-            if self._compiler.prepared:
-                compiling.cancel()
-                self._end(request, _TOO_SLOW.format(self._deadline))
-            else:
-                self._watch(request, compiling)
-
-        timer = threading.Timer(self._deadline, expire)
-        timer.daemon = True
-        timer.start()
-        compiling.add_done_callback(lambda _: timer.cancel())
-
-    def _end(self, request: Request, result: CompiledGrammar | str) -> None:
-        self._results.put((request, result))
+    def _ended(self, request: Request, compiling: Compiled) -> None:
+        """Called from the thread that compiled, or at the deadline."""
+        if compiling.cancelled():
+            return
+        error = compiling.exception()
+        if error is None:
+            self._results.put((request, compiling.result()))
+        else:
+            self._results.put((request, str(error)))
         self.wake()
 
 

@@ -179,6 +179,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     config: ServerConfig
     engine: EngineConfig
     index: int  # 0 .. http_workers - 1
+    runtime_dir: str  # of this server alone: the workers' own sockets
 
 
 class Starting(msgspec.Struct, frozen=True, kw_only=True, tag="starting"):

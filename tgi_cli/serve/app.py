@@ -26,6 +26,7 @@ from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.observe import observe, stamp_id
 from tgi_cli.serve.openapi import Route
 from tgi_cli.serve.prometheus import Metrics
+from tgi_cli.serve.responses.peers import PEERS, Peers
 from tgi_cli.serve.responses.store import RESPONSES, ResponseStore
 from tgi_cli.serve.routes import ROUTES
 from tgi_cli.serve.tenants import Tenants
@@ -38,12 +39,14 @@ def build_app(
     model_id: str,
     worker: int = 0,
     ledger: Ledger | None = None,
+    peers: Peers | None = None,
 ) -> web.Application:
     """Build the application for one engine; `app[DOOR].open` lets requests in.
 
-    `ledger` is where workers count together; without one this is the only worker.
+    `ledger` is where workers count together, `peers` are the others; without both this is the only
+    worker.
     """
-    ledger = ledger or Ledger()
+    ledger, peers = ledger or Ledger(), peers or Peers()
     routes = _routes(config)
     metric = Metrics(client, worker=worker, num_workers=config.http_workers)
     tenants = Tenants(ledger)
@@ -57,7 +60,13 @@ def build_app(
     preflight, stamp_cors = cors(config.cors_allow_origin)
     app = web.Application(
         client_max_size=config.payload_limit,
-        middlewares=[observe(metric), error_pages, preflight, guard.middleware],
+        middlewares=[
+            observe(metric),
+            error_pages,
+            preflight,
+            *(() if peers.alone else (peers.middleware,)),
+            guard.middleware,
+        ],
     )
     pulse = Pulse()
     metric.step_age = lambda: pulse.step_age
@@ -66,7 +75,8 @@ def build_app(
     app[METRICS] = metric
     app[PULSE] = pulse
     app[DOOR] = FrontDoor(client, config, metric, tenants, ledger)
-    app[RESPONSES] = ResponseStore(config.max_stored_responses)
+    app[RESPONSES] = ResponseStore(config.max_stored_responses, num_workers=config.http_workers)
+    app[PEERS] = peers
     app[SERVED] = Served(config.served_model_name or model_id, model_id, int(time.time()))
     app.on_response_prepare.extend((stamp_id, name_ignored_fields, guard.stamp, stamp_cors))
     app.on_cleanup.append(_close_door)
@@ -110,4 +120,5 @@ def _pairs(routes: Iterable[Route]) -> frozenset[tuple[str, str]]:
 
 async def _close_door(app: web.Application) -> None:
     await app[RESPONSES].close()
+    await app[PEERS].close()
     app[DOOR].close()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from tgi_cli.errors import EngineUnavailable, Overloaded, TgiError
-from tgi_cli.serve.exchange import json_response
+from tgi_cli.serve.exchange import UnreadableBody, json_response
 from tgi_cli.serve.surfaces import Surface, surface_of
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,10 @@ def http_error_response(
         )
     else:
         message = error.text or error.reason
-    return json_response(surface.refusal(status, message), status=status, headers=headers)
+    response = json_response(surface.refusal(status, message), status=status, headers=headers)
+    if isinstance(error, UnreadableBody):
+        response.force_close()
+    return response
 
 
 @web.middleware

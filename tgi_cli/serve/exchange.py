@@ -26,6 +26,9 @@ IGNORED = web.RequestKey("ignored", list[str])
 TENANT = web.RequestKey("tenant", str)
 STRICT_FIELDS = web.AppKey("strict_fields", bool)
 
+#: Levels of a body: what comes later (templates, JSON's writers) recurses over it.
+MAX_DEPTH = 200
+
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<at>.*))?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]+)`$")
 _HEADER_UNSAFE = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
@@ -34,6 +37,10 @@ _MAX_HEADER = 1024
 
 class MalformedBody(web.HTTPBadRequest):
     """The body is not JSON at all (400 on every surface)."""
+
+
+class UnreadableBody(MalformedBody):
+    """Not even its bytes can be had, so the connection is of no more use."""
 
 
 async def read_struct(request: web.Request, kind: type[T]) -> T:
@@ -77,11 +84,33 @@ async def read_json(request: web.Request) -> Any:
         raise web.HTTPUnsupportedMediaType(
             text=f"expected `Content-Type: application/json`. Given: {request.content_type}"
         )
-    body = await request.read()
     try:
-        return orjson.loads(body)
+        body = await request.read()
+    except web.RequestPayloadError as error:  # such as a wrong `Content-Encoding`
+        request.content.feed_eof()  # or aiohttp would go on reading, and fail once more
+        what = str(error).strip().rpartition("\n")[2].strip()
+        raise UnreadableBody(text=f"the body cannot be read: {what}") from None
+    try:
+        raw = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(text=f"the body is not valid JSON: {error}") from None
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+        _check_depth(raw)
+    return raw
+
+
+def _check_depth(raw: Any) -> None:
+    level = [raw] if isinstance(raw, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
 def to_struct(raw: Any, kind: type[T]) -> T:

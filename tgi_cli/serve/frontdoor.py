@@ -22,7 +22,8 @@ from tgi_cli.engine.client import EngineClient
 from tgi_cli.engine.messages import ModelFacts, Request
 from tgi_cli.errors import EngineUnavailable, InvalidRequest
 from tgi_cli.grammar import Grammar
-from tgi_cli.grammar_compiler import COMPILE_DEADLINE, GrammarCompiler
+from tgi_cli.grammar_compiler import GrammarCompiler
+from tgi_cli.grammar_threads import GrammarThreads
 from tgi_cli.sampling import SamplingParams, child_seed
 from tgi_cli.serve.answer import Answer
 from tgi_cli.serve.grammars import AskedGrammar
@@ -97,18 +98,21 @@ class FrontDoor:
         self.admission = Admission(config.max_concurrent_requests, ledger=ledger)
         self.draining = False
         self._open: tuple[Texts, Limits, ModelFacts] | None = None
-        self._grammars: GrammarCompiler | None = None
+        self._grammars: tuple[GrammarCompiler, GrammarThreads] | None = None
         self._pool = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validate")
 
     def open(self, texts: Texts, facts: ModelFacts) -> None:
         """Let requests in: the model is loaded and its tokenizer too."""
         limits = Limits.resolve(self.config, facts)
         self.metrics.model_ready(limits)
-        self._grammars = GrammarCompiler(lambda: texts.tokenizer, facts.vocab_size)
+        compiler = GrammarCompiler(lambda: texts.tokenizer, facts.vocab_size)
+        self._grammars = compiler, GrammarThreads(compiler)
         self._open = (texts, limits, facts)
 
     def close(self) -> None:
-        """Release the thread pool."""
+        """Release the threads."""
+        if self._grammars is not None:
+            self._grammars[1].close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -251,20 +255,13 @@ class FrontDoor:
                 param=field,
             )
         self._opened()
-        compiler = self._grammars
-        assert compiler is not None
+        assert self._grammars is not None
+        compiler, threads = self._grammars
         if compiler.cached(grammar) is None:
-            await self.in_pool(compiler.prepare)
             try:
-                compiling = self.in_pool(lambda: compiler.compile(grammar))
-                await asyncio.wait_for(compiling, COMPILE_DEADLINE)
+                await asyncio.wrap_future(threads.submit(grammar))
             except InvalidRequest as error:
                 raise InvalidRequest(error.message, hint=error.hint, param=field) from None
-            except TimeoutError:
-                raise InvalidRequest(
-                    f"grammar is not valid: compiling it takes more than {COMPILE_DEADLINE:g} s",
-                    param=field,
-                ) from None
         return grammar
 
     def answers(

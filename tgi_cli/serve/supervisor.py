@@ -146,7 +146,7 @@ class Supervisor:
             loop.add_signal_handler(name, self._on_signal, stop, now)
         engine = asyncio.create_task(self._keep_engine(runtime_dir))  # first: it takes longest
         workers = [
-            asyncio.create_task(self._keep_worker(index, listener))
+            asyncio.create_task(self._keep_worker(index, listener, runtime_dir))
             for index in range(self._server_config.http_workers)
         ]
         stopped = asyncio.create_task(stop.wait())
@@ -253,8 +253,13 @@ class Supervisor:
 
     # The HTTP workers
 
-    async def _keep_worker(self, index: int, listener: socket.socket) -> None:
-        start = WorkerStart(config=self._server_config, engine=self._engine_config, index=index)
+    async def _keep_worker(self, index: int, listener: socket.socket, runtime_dir: str) -> None:
+        start = WorkerStart(
+            config=self._server_config,
+            engine=self._engine_config,
+            index=index,
+            runtime_dir=runtime_dir,
+        )
         while True:
             worker = await Child.spawn(
                 "tgi_cli.serve.worker",

@@ -18,6 +18,7 @@ import msgspec
 import prometheus_client
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from tgi_cli import log as logs
 from tgi_cli.chat_template import ChatTemplate
@@ -41,6 +42,7 @@ from tgi_cli.serve.frontdoor import Texts
 from tgi_cli.serve.keys import DOOR, METRICS, PULSE
 from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.listener import BACKLOG
+from tgi_cli.serve.responses.peers import Peers
 from tgi_cli.serve.tls import tls_context
 from tgi_cli.tokenizer import load_tokenizer
 
@@ -80,12 +82,15 @@ class Worker:
         self._start = start
         self._listener = listener
         self._client = ProcessClient()
+        workers = start.config.http_workers
+        self._peers = Peers(start.runtime_dir if workers > 1 else None, start.index, workers)
         self._app = build_app(
             start.config,
             self._client,
             model_id=start.engine.model.model_id,
             worker=start.index,
             ledger=ledger,
+            peers=self._peers,
         )
         self._texts: Texts | None = None
         self._early: tuple[str, asyncio.Task[Texts]] | None = None  # being read, from which path
@@ -105,6 +110,8 @@ class Worker:
             backlog=BACKLOG,
         )
         await self._site.start()
+        if not self._peers.alone:
+            await web.UnixSite(runner, self._peers.socket).start()
         self._read_early()
         listening = asyncio.create_task(self._follow(reader, writer))
         finished = asyncio.create_task(self._finished.wait())
@@ -213,8 +220,19 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
         return
     start = msgspec.msgpack.decode(data, type=WorkerStart)
     logs.configure(start.config.log_level, json_logs=start.config.json_logs)
+    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     ledger = Ledger(ledger_fd, start.index, start.config.http_workers)
     await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """What is not HTTP at all is its sender's fault: no traceback in the server's log."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, BadHttpMessage):
+        record.msg = f"{record.getMessage()}: not HTTP: {error.message[:200]!r}"
+        record.args, record.exc_info, record.exc_text = (), None, None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -115,7 +115,8 @@ async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Promp
             param="continue_final_message",
         )
     prompted = not continued if body.add_generation_prompt is None else body.add_generation_prompt
-    return await door.render(
+    given = use.for_template
+    prompt = await door.render(
         messages,
         add_generation_prompt=prompted,
         continue_final_message=continued,
@@ -123,8 +124,16 @@ async def render_chat(door: FrontDoor, body: ChatRequest, use: ToolUse) -> Promp
             **(effort_kwargs(door.texts.template, body) or {}),
             **body.chat_template_kwargs,
         },
-        tools=use.for_template,
+        tools=given,
     )
+    if given and not any(function.name in prompt.text for function in use.functions):
+        raise InvalidRequest(
+            "the model's chat template left `tools` out of this prompt",
+            hint="it may want them under another name, in `chat_template_kwargs`, or a message "
+            "of another role to put them into",
+            param="tools",
+        )
+    return prompt
 
 
 async def _answers(

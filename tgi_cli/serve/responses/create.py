@@ -15,6 +15,7 @@ from tgi_cli.serve.keys import DOOR, METRICS, SERVED
 from tgi_cli.serve.openai.conversation import Conversation, chat_tools, render_chat
 from tgi_cli.serve.openai.schema import ChatMessage
 from tgi_cli.serve.responses.background import Background
+from tgi_cli.serve.responses.peers import PEERS
 from tgi_cli.serve.responses.run import ResponseRun, frame
 from tgi_cli.serve.responses.schema import InputTokensRequest, ResponsesRequest
 from tgi_cli.serve.responses.store import RESPONSES, StoredResponse, item_list
@@ -59,6 +60,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
             body,
             chat,
             door.texts.tokenizer,
+            name=request.app[PEERS].new_id(),
             model=chosen.name,
             stored=stored,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
@@ -133,13 +135,12 @@ async def _in_background(
 
 def _stored(door: FrontDoor, body: ResponsesRequest) -> bool:
     """Whether the response will be kept. Raises `InvalidRequest` where it would have to be."""
-    config = door.config
-    possible = config.max_stored_responses > 0 and config.http_workers == 1
+    possible = door.config.max_stored_responses > 0
     wanted = possible if body.store is None else body.store
     if wanted and not possible:
         raise InvalidRequest(
-            "`store` is not possible here: responses are kept in the memory of one HTTP worker",
-            hint="start the server with --http-workers 1 and --max-stored-responses above 0",
+            "`store` is not possible here: this server keeps no responses",
+            hint="start the server with --max-stored-responses above 0",
             param="store",
         )
     if body.background and not wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,7 +23,7 @@ from tgi_cli.tokenizer import Tokenizer
 class ResponseRun:
     """Reads the one answer of `chat`; `response` is the object as it stands.
 
-    `stored`: whether it can be retrieved later.
+    `name` becomes its id; `stored`: whether it can be retrieved later.
     """
 
     def __init__(
@@ -33,6 +32,7 @@ class ResponseRun:
         chat: Conversation,
         tokenizer: Tokenizer,
         *,
+        name: str,
         model: str,
         stored: bool,
         top_logprobs: int | None,
@@ -44,7 +44,7 @@ class ResponseRun:
         self._items = OutputItems()
         self._number = 0
         self._reasoning_tokens = 0
-        self.response = _response(body, model, stored=stored)
+        self.response = _response(body, name, model, stored=stored)
 
     @property
     def id(self) -> str:
@@ -136,12 +136,12 @@ def frame(events: list[Event]) -> bytes:
     )
 
 
-def _response(body: ResponsesRequest, model: str, *, stored: bool) -> dict[str, Any]:
+def _response(body: ResponsesRequest, name: str, model: str, *, stored: bool) -> dict[str, Any]:
     """The object before anything has been generated: what was asked, echoed."""
     form = None if body.text is None else body.text.format
     effort = None if body.reasoning is None else body.reasoning.effort
     return {
-        "id": f"resp_{secrets.token_hex(16)}",
+        "id": name,
         "object": "response",
         "created_at": time.time(),
         "completed_at": None,

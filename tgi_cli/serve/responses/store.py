@@ -1,6 +1,6 @@
 """Responses kept for later: bounded in number and in bytes, oldest out first, per tenant.
 
-Memory of one HTTP worker alone: nothing survives a restart, and workers know nothing of each other.
+Memory of one HTTP worker alone: nothing survives a restart. `peers` finds what others keep.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """At most `limit` responses and `max_bytes`; the least recently used are forgotten."""
+    """At most `limit` responses and `max_bytes`; the least recently used are forgotten.
 
-    def __init__(self, limit: int, max_bytes: int = MAX_STORED_BYTES) -> None:
-        self.limit = limit
-        self._max_bytes = max_bytes
+    Each of several workers has its share of both.
+    """
+
+    def __init__(
+        self, limit: int, max_bytes: int = MAX_STORED_BYTES, *, num_workers: int = 1
+    ) -> None:
+        self.limit = -(-limit // num_workers)
+        self._max_bytes = max_bytes // num_workers
         self._num_bytes = 0
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
 

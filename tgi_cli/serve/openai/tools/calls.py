@@ -1,8 +1,9 @@
 """Reads calls written as JSON between marks, as text arrives.
 
-A call is given when its JSON is complete, so a client never holds half of one: what is unfinished
-when the answer ends, names no declared function or is not valid JSON is content. Blank space
-between calls, and around them, is layout and belongs to neither.
+A call is given when its JSON is complete, so a client never holds half of one; calls in an array
+come with the array, or with the answer's end inside it. What is unfinished when the answer ends,
+names no declared function or is not valid JSON is content. Blank space between calls, and around
+them, is layout and belongs to neither.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _BEGINNING = re.compile(r"(?:\[[ \t\r\n]{0,64})?\{[ \t\r\n]{0,64}[\"}]")
 _BEFORE_BEGINNING = re.compile(r"(?:\[[ \t\r\n]{0,64})?(?:\{[ \t\r\n]{0,64})?")
 #: Longest name and marks before the arguments, in characters.
 _MAX_HEADER = 256
+#: Brackets at the end of an array that was cut, tried for the end of its last whole call.
+_MAX_CUTS = 32
 
 
 class CallParser:
@@ -54,6 +57,7 @@ class CallParser:
 
     def finish(self) -> list[Piece]:
         """Give the rest: a call that is not complete is content."""
+        self._cut_array()
         self._give_up()
         self._write(self._text)
         self._text = ""
@@ -61,6 +65,23 @@ class CallParser:
             self._out += ["".join(self._spaces)] if self._spaces else []
         self._spaces.clear()
         return self._take()
+
+    def _cut_array(self) -> None:
+        """Give the calls that are whole in an array that is not."""
+        value = "".join(self._value)
+        if self._state != self._inside or self._name is not None or not value.startswith("["):
+            return
+        end = len(value)
+        for _ in range(_MAX_CUTS):
+            end = value.rfind("}", 0, end)
+            if end < 0:
+                return
+            calls = read_calls(value[: end + 1] + "]", self._names)
+            if calls:
+                self._out += calls
+                self._forget()
+                self._write(value[end + 1 :].lstrip(", \t\r\n"))
+                return
 
     # Each state reads `self._text` from a position and gives the next one. None: it needs more
     # text, and has left in `self._text` what it wants to see again.

@@ -61,6 +61,14 @@ MISTRAL: Final = CallFormat(
 GRANITE: Final = CallFormat(
     name="granite", opening="<|tool_call|>", closing="<|/tool_call|>", array=True
 )
+#: `<TOOLCALL>[{"name": ..., "arguments": ...}]</TOOLCALL>`: Nemotron Nano 2.
+NEMOTRON: Final = CallFormat(
+    name="nemotron", opening="<TOOLCALL>", closing="</TOOLCALL>", array=True
+)
+#: `<tool_calls>[{"name": ..., "arguments": ...}]</tool_calls>`: Apriel.
+APRIEL: Final = CallFormat(
+    name="apriel", opening="<tool_calls>", closing="</tool_calls>", array=True
+)
 #: The answer is one object, an array of them, or several on end.
 PLAIN_JSON: Final = CallFormat(name="json", bare=True, separators=";,")
 
@@ -69,6 +77,8 @@ _SIGNS: Final = (
     ("[TOOL_CALLS]", MISTRAL),
     ("<|python_tag|>", LLAMA3),
     ("<|tool_call|>", GRANITE),
+    ("<TOOLCALL>[", NEMOTRON),
+    ("<tool_calls>[", APRIEL),
     ("<tool_call>", HERMES),
     ("Environment: ipython", LLAMA3),
     ('"parameters": dictionary of argument name', LLAMA3),
@@ -76,7 +86,16 @@ _SIGNS: Final = (
 #: Formats that are not JSON: calls in them would pass unseen.
 _UNKNOWN: Final = (
     *("<function=", "tool▁calls▁begin", "<|channel|>", "```tool_code"),
-    *("<start_function_call>", "<|python_start|>"),
+    *(
+        "<start_function_call>",
+        "<|python_start|>",
+        "<function name=",
+        ":invoke name=",
+        "<invoke name=",
+    ),
+    *("<arg_key>", "DSML", "<|tool_call>call:", "<|tool_call_start|>", "<|tool_call_begin|>"),
+    *("<|START_ACTION|>", "<|tools_prefix|>", "<tool_calls:", "<|tool_call:begin|>", "]<]minimax["),
+    *("<|function_call|>", "<|open|>", "Action:```json", ">>>all"),
 )
 
 
