@@ -66,47 +66,45 @@ inline Stream stream_of(const Matrix& w, G) {
 }
 
 // Kinds of codes. A step is kBytes, of all outputs of a panel, and gives kPairs pairs of inputs for each.
-struct NibbleCodes {
-  static constexpr int kPairs = 4;
+struct PackedCodes {
   static constexpr int64_t kBytes = kPanel * 4;
+  using Vector = vi;
+  static vi load(const uint8_t* at, int vector) { return load_pairs(at + vector * kLanes * 4); }
+};
+
+struct NibbleCodes : PackedCodes {
+  static constexpr int kPairs = 4;
   PairTable table;
   explicit NibbleCodes(const Stream& s) : table(make_table(s.table->values)) {}
-  void pairs(const uint8_t* at, int vector, vi (&out)[kPairs]) const {
-    nibble_pairs(table, load_pairs(at + vector * kLanes * 4), out);
-  }
+  vi pair(vi codes, int i) const { return nibble_pair(table, codes, i); }
 };
 
-struct ByteCodes {
+struct ByteCodes : PackedCodes {
   static constexpr int kPairs = 2;
-  static constexpr int64_t kBytes = kPanel * 4;
   float zero;
   explicit ByteCodes(const Stream& s) : zero(s.zero) {}
-  void pairs(const uint8_t* at, int vector, vi (&out)[kPairs]) const {
-    byte_pairs(load_pairs(at + vector * kLanes * 4), zero, out);
-  }
+  vi pair(vi codes, int i) const { return byte_pair(codes, zero, i); }
 };
 
-struct FloatCodes {  // E4M3
+struct FloatCodes : PackedCodes {  // E4M3
   static constexpr int kPairs = 2;
-  static constexpr int64_t kBytes = kPanel * 4;
   explicit FloatCodes(const Stream&) {}
-  void pairs(const uint8_t* at, int vector, vi (&out)[kPairs]) const {
-    e4m3_pairs(load_pairs(at + vector * kLanes * 4), out);
-  }
+  vi pair(vi codes, int i) const { return e4m3_pair(codes, i); }
 };
 
 struct DecodedCodes {  // pairs already
   static constexpr int kPairs = 2;
-  static constexpr int64_t kBytes = kPanel * 8;
+  static constexpr int64_t kBytes = kPanel * 4 * kPairs;
+  using Vector = const uint8_t*;
   explicit DecodedCodes(const Stream&) {}
-  void pairs(const uint8_t* at, int vector, vi (&out)[kPairs]) const {
-    for (int p = 0; p < kPairs; ++p) out[p] = load_pairs(at + (p * kPanel + vector * kLanes) * 4);
-  }
+  static Vector load(const uint8_t* at, int vector) { return at + vector * kLanes * 4; }
+  vi pair(Vector codes, int i) const { return load_pairs(codes + i * kPanel * 4); }
 };
 
 // Activations in the order of the pairs, and their sums.
 struct PairedRows {
-  bf16* x;      // [m, k]
+  bf16* x;      // [m, ldx]
+  int64_t ldx;
   float* sums;  // [m, groups], where there are minima
 };
 
@@ -116,7 +114,7 @@ inline void pair_row(const Gemm& g, const Stream& s, int64_t row, const PairedRo
   for (int64_t i = 0; i < runs; ++i) {
     bf16 gathered[kRun];
     const bf16* from = run_of(g, row, i, gathered);
-    bf16* to = made.x + row * g.w.k + i * kRun;
+    bf16* to = made.x + row * made.ldx + i * kRun;
     for (int j = 0; j < kRun; j += 4) {
       uint64_t four;
       std::memcpy(&four, from + j, 8);
@@ -132,99 +130,128 @@ inline void pair_row(const Gemm& g, const Stream& s, int64_t row, const PairedRo
   }
 }
 
-// What a tile reads: rows of activations and one panel.
+// What a tile reads: rows of activations and neighbouring panels.
 struct TileSource {
   const bf16* x;      // of the first row
   const float* sums;
-  int64_t k;          // between rows
+  int64_t ldx;
   const uint8_t* codes;
   const uint8_t* tails;
-  int64_t code_stride;  // between groups
+  int64_t code_stride, panel_stride, tail_stride;  // between groups, panels' codes, panels' tails
 };
 
-// kVectors of a panel's outputs, beginning at vector `first`, for kRows rows: into acc[kRows][kPanel / kLanes],
-// which is memory, so that registers are left for the sums of a group.
-template <class Kind, int kRows, int kVectors>
-__attribute__((noinline)) inline void stream_tile(const Stream& s, const TileSource& source, int first, Lookahead ahead,
-                                                  vf* acc) {
-  constexpr int kPer = kPanel / kLanes;
+// What it fetches meanwhile: `step` bytes on with each step, `tail` more with each group.
+struct StreamAhead {
+  const char* at;
+  int64_t step, tail;
+};
+
+// kPanels panels' outputs, kVectors of each from vector `first` on, for kRows rows: into
+// acc[kPanels][kRows][kPanel / kLanes], which is memory, so that registers are left for the sums of a group.
+template <class Kind, int kRows, int kPanels, int kVectors>
+__attribute__((noinline)) inline void stream_tile(const Stream& s, const TileSource& source, int first,
+                                                  StreamAhead ahead, vf* acc) {
+  constexpr int kPer = kPanel / kLanes, kAll = kPanels * kVectors;
   const Kind kind(s);
   const bf16* x = source.x;
   const vf inverse = set1(s.table->inverse);
+  const auto total = [&](int r, int v) -> vf& {
+    return acc[(v / kVectors * kRows + r) * kPer + first + v % kVectors];
+  };
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r * kPer + first + v] = zero();
+    for (int v = 0; v < kAll; ++v) total(r, v) = zero();
   for (int64_t group = 0; group < s.groups; ++group) {
     const uint8_t* codes = source.codes + group * source.code_stride;
     const uint8_t* tail = source.tails + group * s.group_bytes;
+    const auto scales = [&](int v) { return s.scales(tail + v / kVectors * source.tail_stride, first + v % kVectors); };
     for (int64_t part = 0; part < s.parts; ++part) {
-      vf within[kRows][kVectors];
+      vf within[kRows][kAll];
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) within[r][v] = zero();
+        for (int v = 0; v < kAll; ++v) within[r][v] = zero();
       for (int64_t left = s.inputs; left > 0; left -= 2 * Kind::kPairs) {
-        prefetch(ahead.at);
-        prefetch(ahead.at + 64);
-        ahead.at += ahead.stride;
-        vi pairs[kVectors][Kind::kPairs];
+#pragma GCC unroll 4
+        for (int line = 0; line < 2; ++line) prefetch(ahead.at + line * 64);
+        if (kPanels > 1)
+#pragma GCC unroll 4
+          for (int line = 0; line < 2; ++line) prefetch(ahead.at + source.panel_stride + line * 64);
+        ahead.at += ahead.step;
+        typename Kind::Vector code[kAll];
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) kind.pairs(codes, first + v, pairs[v]);
+        for (int v = 0; v < kAll; ++v)
+          code[v] = kind.load(codes + v / kVectors * source.panel_stride, first + v % kVectors);
 #pragma GCC unroll 16
-        for (int p = 0; p < Kind::kPairs; ++p)
+        for (int p = 0; p < Kind::kPairs; ++p) {
+          vi pair[kAll];
+#pragma GCC unroll 16
+          for (int v = 0; v < kAll; ++v) pair[v] = kind.pair(code[v], p);
 #pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) {
-            const vi a = broadcast_pair(x + r * source.k + 2 * p);
+            const vi a = broadcast_pair(x + r * source.ldx + 2 * p);
 #pragma GCC unroll 16
-            for (int v = 0; v < kVectors; ++v) dot2(within[r][v], pairs[v][p], a);
+            for (int v = 0; v < kAll; ++v) dot2(within[r][v], pair[v], a);
           }
+        }
         codes += Kind::kBytes;
         x += 2 * Kind::kPairs;
       }
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        const vf scale = mul(s.scales(tail, first + v), inverse);
+      for (int v = 0; v < kAll; ++v) {
+        const vf scale = mul(scales(v), inverse);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          vf& total = acc[r * kPer + first + v];
-          total = fma(within[r][v], scale, total);
-        }
+        for (int r = 0; r < kRows; ++r) total(r, v) = fma(within[r][v], scale, total(r, v));
       }
       tail += s.scale_bytes;
     }
+    for (int64_t line = 0; line < ahead.tail; line += 64) {
+      prefetch(ahead.at + line);
+      if (kPanels > 1) prefetch(ahead.at + source.panel_stride + line);
+    }
+    ahead.at += ahead.tail;
     if (!s.minimum) continue;
-    for (int v = 0; v < kVectors; ++v) {
-      const vf minimum = s.scales(tail, first + v);
-      for (int r = 0; r < kRows; ++r) {
-        vf& total = acc[r * kPer + first + v];
-        total = fma(minimum, set1(source.sums[r * s.groups + group]), total);
-      }
+    for (int v = 0; v < kAll; ++v) {
+      const vf minimum = scales(v);
+      for (int r = 0; r < kRows; ++r)
+        total(r, v) = fma(minimum, set1(source.sums[r * s.groups + group]), total(r, v));
     }
   }
 }
 
+// Few rows take kGroup panels together: a chain of products for each output is too slow alone.
+constexpr int code_panels(int rows) { return rows <= kCodeRows / 2 ? kGroup : 1; }
+
+template <class Kind, int kRows, int kPanels>
+inline void stream_rows(const Gemm& g, const Stream& s, const TileSource& source, int64_t row, int64_t panel,
+                        StreamAhead ahead) {
+  constexpr int kPer = kPanel / kLanes;
+  constexpr int kVectors = kRows == 1 ? kLoneVectors : kQuantVectors;
+  vf acc[kPanels * kRows * kPer];
+  for (int first = 0; first < kPer; first += kVectors) {
+    stream_tile<Kind, kRows, kPanels, kVectors>(s, source, first, ahead, acc);
+    ahead.step = ahead.tail = 0;
+  }
+  for (int p = 0; p < kPanels; ++p)
+    for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel + p, acc + (p * kRows + r) * kPer);
+}
+
+// One panel for all rows. `more`: the one behind is this thread's next work.
 template <class Kind>
 inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given, TileSource source, int64_t row,
-                         int64_t rows, int64_t panel, const char* next, int64_t next_bytes) {
-  constexpr int kPer = kPanel / kLanes;
+                         int64_t rows, int64_t panel, const uint8_t* next, bool more) {
   // Tiles of nearly equal heights: 10 rows are 5 and 5 and not 8 and 2.
   const int64_t all = (rows + kCodeRows - 1) / kCodeRows;
-  const int64_t steps = g.w.k / (2 * Kind::kPairs);
+  const int64_t share = (s.groups * s.group_bytes + all - 1) / all;
+  const int64_t step = share * 2 * Kind::kPairs / g.w.k + 1;
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
-    source.x = given.x + row * g.w.k;
+    source.x = given.x + row * given.ldx;
     source.sums = given.sums + row * s.groups;
-    vf acc[kCodeRows * kPer];
+    StreamAhead ahead = {reinterpret_cast<const char*>(next), 0, 0};
+    if (more) ahead = {ahead.at + tile * share, step, 0};
     with_count<kCodeRows>(height, [&](auto n) {
-      constexpr int kRows = decltype(n)::value;
-      constexpr int kVectors = kRows == 1 ? kLoneVectors : kQuantVectors;
-      Lookahead ahead = {next, 0};
-      if (next_bytes > 0) ahead = {next + tile * next_bytes / all, next_bytes / all / steps + 1};
-      for (int first = 0; first < kPer; first += kVectors) {
-        stream_tile<Kind, kRows, kVectors>(s, source, first, ahead, acc);
-        ahead.stride = 0;
-      }
+      stream_rows<Kind, decltype(n)::value, 1>(g, s, source, row, panel, ahead);
     });
-    for (int64_t r = 0; r < height; ++r) gemm_finish(g, row + r, panel, acc + r * kPer);
     row += height;
     rows -= height;
   }
@@ -238,9 +265,9 @@ __attribute__((noinline)) inline void decode_panel(const Stream& s, const uint8_
     const uint8_t* at = codes + group * s.group_bytes;
     for (const uint8_t* end = at + s.code_bytes; at < end; at += Kind::kBytes, out += Kind::kPairs * kPanel * 4)
       for (int v = 0; v < kPanel / kLanes; ++v) {
-        vi pairs[Kind::kPairs];
-        kind.pairs(at, v, pairs);
-        for (int p = 0; p < Kind::kPairs; ++p) store_pairs(out + (p * kPanel + v * kLanes) * 4, pairs[p]);
+        const auto some = kind.load(at, v);
+#pragma GCC unroll 4
+        for (int p = 0; p < Kind::kPairs; ++p) store_pairs(out + (p * kPanel + v * kLanes) * 4, kind.pair(some, p));
       }
   }
 }
@@ -248,33 +275,45 @@ __attribute__((noinline)) inline void decode_panel(const Stream& s, const uint8_
 template <class Kind>
 inline void gemm_stream(Pool& pool, const Gemm& g, const Stream& s) {
   const int64_t panel_bytes = s.groups * s.group_bytes, decoded = g.w.k * kPanel * 2;
-  const bool decodes = g.m > 2 * kCodeRows;
-  const int64_t room = decodes ? pool.size() * decoded : 0, paired = g.m * g.w.k * 2;
+  const int64_t ldx = g.w.k + kRun;  // a power of two would put all rows into the same lines of the cache
+  const int64_t room = g.m > 2 * kCodeRows ? pool.size() * decoded : 0, paired = g.m * ldx * 2;
   auto* memory = static_cast<uint8_t*>(
       pool.scratch(static_cast<size_t>(room + paired + (s.minimum ? g.m * s.groups * 4 : 0))));
-  const PairedRows given = {reinterpret_cast<bf16*>(memory + room), reinterpret_cast<float*>(memory + room + paired)};
+  const PairedRows given = {reinterpret_cast<bf16*>(memory + room), ldx,
+                            reinterpret_cast<float*>(memory + room + paired)};
   constexpr int64_t kRows = 4;
   pool.parallel((g.m + kRows - 1) / kRows, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kRows < g.m ? (item + 1) * kRows : g.m;
     for (int64_t row = item * kRows; row < end; ++row) pair_row(g, s, row, given);
   });
-  split_work(pool, g, kCodeRows * 16, 1, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int worker) {
-    uint8_t* own = memory + worker * decoded;
-    for (const int64_t end = panel + panels; panel < end; ++panel) {
+  const int64_t group = g.m <= kCodeRows / 2 ? kGroup : 1;
+  split_work(pool, g, kCodeRows * 16, group, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int worker) {
+    for (const int64_t end = panel + panels; panel < end;) {
       const auto* packed = static_cast<const uint8_t*>(g.w.data) + panel * panel_bytes;
-      TileSource source = {nullptr, nullptr, g.w.k, packed, packed + s.code_bytes, s.group_bytes};
-      const auto* next = reinterpret_cast<const char*>(packed);
+      TileSource source = {given.x + row * ldx, given.sums + row * s.groups, ldx,        packed,
+                           packed + s.code_bytes, s.group_bytes,             panel_bytes, panel_bytes};
       if (rows > 2 * kCodeRows) {
+        uint8_t* own = memory + worker * decoded;
         decode_panel<Kind>(s, packed, own);
         source.codes = own;
-        source.code_stride = s.parts * s.inputs * kPanel * 2;
-        stream_block<DecodedCodes>(g, s, given, source, row, rows, panel, next + panel_bytes,
-                                   panel + 1 < end ? panel_bytes : 0);
+        source.code_stride = decoded / s.groups;
+        stream_block<DecodedCodes>(g, s, given, source, row, rows, panel, packed + panel_bytes, panel + 1 < end);
       } else if (rows > kCodeRows) {
-        stream_block<Kind>(g, s, given, source, row, rows, panel, next + panel_bytes, panel + 1 < end ? panel_bytes : 0);
-      } else {  // looks ahead in its own stream
-        stream_block<Kind>(g, s, given, source, row, rows, panel, next + kAheadBytes, panel_bytes);
+        stream_block<Kind>(g, s, given, source, row, rows, panel, packed + panel_bytes, panel + 1 < end);
+      } else {
+        const StreamAhead ahead = {reinterpret_cast<const char*>(packed) + kAheadBytes, Kind::kBytes,
+                                   s.group_bytes - s.code_bytes};
+        with_count<kCodeRows>(rows, [&](auto n) {
+          constexpr int kHeight = decltype(n)::value, kPanels = code_panels(kHeight);
+          if (panel + kPanels <= end) {
+            stream_rows<Kind, kHeight, kPanels>(g, s, source, row, panel, ahead);
+            panel += kPanels - 1;
+          } else {
+            stream_rows<Kind, kHeight, 1>(g, s, source, row, panel, ahead);
+          }
+        });
       }
+      ++panel;
     }
   });
 }

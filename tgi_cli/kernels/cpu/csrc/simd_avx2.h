@@ -155,15 +155,12 @@ inline PairTable make_table(const bf16* values) {
   return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
           _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)))};
 }
-inline void nibble_pairs(const PairTable& table, vi codes, vi (&out)[4]) {
-  const vi nibble = _mm256_set1_epi8(15), even = _mm256_set1_epi16(0xff);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const vi index = _mm256_and_si256(i == 0 ? codes : _mm256_srli_epi16(codes, 4), nibble);
-    const vi low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-    out[2 * i] = _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(high, 8));
-    out[2 * i + 1] = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even, high));
-  }
+inline vi nibble_pair(const PairTable& table, vi codes, int i) {
+  const vi index = _mm256_and_si256(i < 2 ? codes : _mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+  const vi low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+  const vi even = _mm256_set1_epi16(0xff);
+  if (i % 2 == 0) return _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(high, 8));
+  return _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even, high));
 }
 
 // For sampling.

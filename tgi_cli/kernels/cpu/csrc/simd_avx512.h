@@ -156,30 +156,23 @@ using PairTable = vi;  // 16 words, twice: what lies above a nibble does not mat
 inline PairTable make_table(const bf16* values) {
   return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
-inline void nibble_pairs(PairTable table, vi codes, vi (&out)[4]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const vi words = _mm512_srli_epi16(codes, static_cast<unsigned>(i % 2 * 8 + i / 2 * 4));
-    out[i] = _mm512_permutexvar_epi16(words, table);
-  }
+inline vi nibble_pair(PairTable table, vi codes, int i) {
+  return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, static_cast<unsigned>(i % 2 * 8 + i / 2 * 4)), table);
 }
 // The exponent takes its new bias; subnormals, which have none, come from a table of 8.
-inline void e4m3_pairs(vi codes, vi (&out)[2]) {
+inline vi e4m3_pair(vi codes, int i) {
   alignas(64) static constexpr bf16 kSubnormals[32] = {
       0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
       0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   const vi subnormals = _mm512_load_si512(kSubnormals), bias = _mm512_set1_epi16(0x3c00);
   const vi sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), rest = _mm512_set1_epi16(0x07f0);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const vi moved = i == 0 ? _mm512_slli_epi16(codes, 4) : _mm512_srli_epi16(codes, 4);
-    const vi low = i == 0 ? codes : _mm512_srli_epi16(codes, 8);
-    const vi high = i == 0 ? _mm512_slli_epi16(codes, 8) : codes;
-    const __mmask32 none = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(i == 0 ? 0x78 : 0x7800));
-    vi magnitude = _mm512_add_epi16(_mm512_and_si512(moved, rest), bias);
-    magnitude = _mm512_mask_permutexvar_epi16(magnitude, none, low, subnormals);
-    out[i] = _mm512_ternarylogic_epi32(sign, high, magnitude, 0xca);  // sign ? high : magnitude
-  }
+  const vi moved = i == 0 ? _mm512_slli_epi16(codes, 4) : _mm512_srli_epi16(codes, 4);
+  const vi low = i == 0 ? codes : _mm512_srli_epi16(codes, 8);
+  const vi high = i == 0 ? _mm512_slli_epi16(codes, 8) : codes;
+  const __mmask32 none = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(i == 0 ? 0x78 : 0x7800));
+  vi magnitude = _mm512_add_epi16(_mm512_and_si512(moved, rest), bias);
+  magnitude = _mm512_mask_permutexvar_epi16(magnitude, none, low, subnormals);
+  return _mm512_ternarylogic_epi32(sign, high, magnitude, 0xca);  // sign ? high : magnitude
 }
 
 // For sampling.

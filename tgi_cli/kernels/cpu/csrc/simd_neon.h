@@ -152,14 +152,11 @@ inline PairTable make_table(const bf16* values) {
   const uint8x16_t second = vreinterpretq_u8_u16(vld1q_u16(values + 8));
   return {vuzp1q_u8(first, second), vuzp2q_u8(first, second)};
 }
-inline void nibble_pairs(const PairTable& table, vi codes, vi (&out)[4]) {
-  for (int i = 0; i < 2; ++i) {
-    const uint8x16_t bytes = vreinterpretq_u8_u32(codes);
-    const uint8x16_t index = i == 0 ? vandq_u8(bytes, vdupq_n_u8(15)) : vshrq_n_u8(bytes, 4);
-    const uint8x16_t low = vqtbl1q_u8(table.low, index), high = vqtbl1q_u8(table.high, index);
-    out[2 * i] = vreinterpretq_u32_u8(vtrn1q_u8(low, high));
-    out[2 * i + 1] = vreinterpretq_u32_u8(vtrn2q_u8(low, high));
-  }
+inline vi nibble_pair(const PairTable& table, vi codes, int i) {
+  const uint8x16_t bytes = vreinterpretq_u8_u32(codes);
+  const uint8x16_t index = i < 2 ? vandq_u8(bytes, vdupq_n_u8(15)) : vshrq_n_u8(bytes, 4);
+  const uint8x16_t low = vqtbl1q_u8(table.low, index), high = vqtbl1q_u8(table.high, index);
+  return vreinterpretq_u32_u8(i % 2 == 0 ? vtrn1q_u8(low, high) : vtrn2q_u8(low, high));
 }
 
 // For sampling.
