@@ -175,7 +175,7 @@ __attribute__((noinline)) inline void stream_tile(const Stream& s, const TileSou
         for (int line = 0; line < 2; ++line) prefetch(ahead.at + line * 64);
         if (kPanels > 1)
 #pragma GCC unroll 4
-          for (int line = 0; line < 2; ++line) prefetch(ahead.at + source.panel_stride + line * 64);
+          for (int line = 0; line < 2; ++line) prefetch(ahead.at + source.tail_stride + line * 64);
         ahead.at += ahead.step;
         typename Kind::Vector code[kAll];
 #pragma GCC unroll 16
@@ -206,7 +206,7 @@ __attribute__((noinline)) inline void stream_tile(const Stream& s, const TileSou
     }
     for (int64_t line = 0; line < ahead.tail; line += 64) {
       prefetch(ahead.at + line);
-      if (kPanels > 1) prefetch(ahead.at + source.panel_stride + line);
+      if (kPanels > 1) prefetch(ahead.at + source.tail_stride + line);
     }
     ahead.at += ahead.tail;
     if (!s.minimum) continue;
@@ -235,12 +235,12 @@ inline void stream_rows(const Gemm& g, const Stream& s, const TileSource& source
     for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel + p, acc + (p * kRows + r) * kPer);
 }
 
-// One panel for all rows. `more`: the one behind is this thread's next work.
-template <class Kind>
+// kPanels panels for all rows, kMost at a time. `more`: those behind are this thread's next work.
+template <class Kind, int kPanels, int kMost>
 inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given, TileSource source, int64_t row,
                          int64_t rows, int64_t panel, const uint8_t* next, bool more) {
   // Tiles of nearly equal heights: 10 rows are 5 and 5 and not 8 and 2.
-  const int64_t all = (rows + kCodeRows - 1) / kCodeRows;
+  const int64_t all = (rows + kMost - 1) / kMost;
   const int64_t share = (s.groups * s.group_bytes + all - 1) / all;
   const int64_t step = share * 2 * Kind::kPairs / g.w.k + 1;
   for (int64_t tile = 0; tile < all; ++tile) {
@@ -249,8 +249,8 @@ inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given
     source.sums = given.sums + row * s.groups;
     StreamAhead ahead = {reinterpret_cast<const char*>(next), 0, 0};
     if (more) ahead = {ahead.at + tile * share, step, 0};
-    with_count<kCodeRows>(height, [&](auto n) {
-      stream_rows<Kind, decltype(n)::value, 1>(g, s, source, row, panel, ahead);
+    with_count<kMost>(height, [&](auto n) {
+      stream_rows<Kind, decltype(n)::value, kPanels>(g, s, source, row, panel, ahead);
     });
     row += height;
     rows -= height;
@@ -272,11 +272,27 @@ __attribute__((noinline)) inline void decode_panel(const Stream& s, const uint8_
   }
 }
 
+// A few rows: one tile, which looks ahead in its own stream.
+template <class Kind>
+inline void stream_few(const Gemm& g, const Stream& s, const TileSource& source, int64_t panel, int64_t panels) {
+  const StreamAhead ahead = {reinterpret_cast<const char*>(source.codes) + kAheadBytes, Kind::kBytes,
+                             s.group_bytes - s.code_bytes};
+  with_count<kCodeRows>(g.m, [&](auto n) {
+    constexpr int kRows = decltype(n)::value;
+    if (panels == 1)
+      stream_rows<Kind, kRows, 1>(g, s, source, 0, panel, ahead);
+    else if constexpr (code_panels(kRows) > 1)
+      stream_rows<Kind, kRows, code_panels(kRows)>(g, s, source, 0, panel, ahead);
+  });
+}
+
 template <class Kind>
 inline void gemm_stream(Pool& pool, const Gemm& g, const Stream& s) {
+  constexpr int kDecodedRows = kGroup > 1 ? kMaxRows : kCodeRows;
   const int64_t panel_bytes = s.groups * s.group_bytes, decoded = g.w.k * kPanel * 2;
   const int64_t ldx = g.w.k + kRun;  // a power of two would put all rows into the same lines of the cache
-  const int64_t room = g.m > 2 * kCodeRows ? pool.size() * decoded : 0, paired = g.m * ldx * 2;
+  const bool few = g.m <= kCodeRows, decodes = g.m > 2 * kCodeRows;
+  const int64_t room = decodes ? pool.size() * kGroup * decoded : 0, paired = g.m * ldx * 2;
   auto* memory = static_cast<uint8_t*>(
       pool.scratch(static_cast<size_t>(room + paired + (s.minimum ? g.m * s.groups * 4 : 0))));
   const PairedRows given = {reinterpret_cast<bf16*>(memory + room), ldx,
@@ -286,34 +302,30 @@ inline void gemm_stream(Pool& pool, const Gemm& g, const Stream& s) {
     const int64_t end = (item + 1) * kRows < g.m ? (item + 1) * kRows : g.m;
     for (int64_t row = item * kRows; row < end; ++row) pair_row(g, s, row, given);
   });
-  const int64_t group = g.m <= kCodeRows / 2 ? kGroup : 1;
+  const int64_t group = decodes ? kGroup : few ? code_panels(static_cast<int>(g.m)) : 1;
   split_work(pool, g, kCodeRows * 16, group, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int worker) {
     for (const int64_t end = panel + panels; panel < end;) {
+      const int64_t count = panel + group <= end ? group : 1;
       const auto* packed = static_cast<const uint8_t*>(g.w.data) + panel * panel_bytes;
-      TileSource source = {given.x + row * ldx, given.sums + row * s.groups, ldx,        packed,
-                           packed + s.code_bytes, s.group_bytes,             panel_bytes, panel_bytes};
-      if (rows > 2 * kCodeRows) {
-        uint8_t* own = memory + worker * decoded;
-        decode_panel<Kind>(s, packed, own);
+      const auto* next = packed + count * panel_bytes;
+      TileSource source = {given.x,       given.sums,  ldx,        packed, packed + s.code_bytes,
+                           s.group_bytes, panel_bytes, panel_bytes};
+      if (decodes) {
+        uint8_t* own = memory + worker * kGroup * decoded;
+        for (int64_t p = 0; p < count; ++p) decode_panel<Kind>(s, packed + p * panel_bytes, own + p * decoded);
         source.codes = own;
         source.code_stride = decoded / s.groups;
-        stream_block<DecodedCodes>(g, s, given, source, row, rows, panel, packed + panel_bytes, panel + 1 < end);
-      } else if (rows > kCodeRows) {
-        stream_block<Kind>(g, s, given, source, row, rows, panel, packed + panel_bytes, panel + 1 < end);
+        source.panel_stride = decoded;
+        if (count == 1)
+          stream_block<DecodedCodes, 1, kDecodedRows>(g, s, given, source, row, rows, panel, next, panel + 1 < end);
+        else if constexpr (kGroup > 1)
+          stream_block<DecodedCodes, kGroup, kDecodedRows>(g, s, given, source, row, rows, panel, next, panel + count < end);
+      } else if (few) {
+        stream_few<Kind>(g, s, source, panel, count);
       } else {
-        const StreamAhead ahead = {reinterpret_cast<const char*>(packed) + kAheadBytes, Kind::kBytes,
-                                   s.group_bytes - s.code_bytes};
-        with_count<kCodeRows>(rows, [&](auto n) {
-          constexpr int kHeight = decltype(n)::value, kPanels = code_panels(kHeight);
-          if (panel + kPanels <= end) {
-            stream_rows<Kind, kHeight, kPanels>(g, s, source, row, panel, ahead);
-            panel += kPanels - 1;
-          } else {
-            stream_rows<Kind, kHeight, 1>(g, s, source, row, panel, ahead);
-          }
-        });
+        stream_block<Kind, 1, kCodeRows>(g, s, given, source, row, rows, panel, next, panel + 1 < end);
       }
-      ++panel;
+      panel += count;
     }
   });
 }
