@@ -92,6 +92,35 @@ struct FloatCodes : PackedCodes {  // E4M3
   vi pair(vi codes, int i) const { return e4m3_pair(codes, i); }
 };
 
+// The bf16 numbers of E4M3 codes without a sign, by byte.
+struct FloatBytes {
+  alignas(64) uint8_t bytes[2][128];
+};
+
+constexpr FloatBytes float_bytes() {
+  FloatBytes made{};
+  for (int code = 0; code < 128; ++code) {
+    const int exponent = code >> 3, mantissa = code & 7;
+    float value = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) / 1024;
+    for (int e = exponent == 0 ? 1 : exponent; e > 0; --e) value *= 2;
+    const auto bits = __builtin_bit_cast(uint32_t, value);
+    made.bytes[0][code] = static_cast<uint8_t>(bits >> 16);
+    made.bytes[1][code] = static_cast<uint8_t>(bits >> 24);
+  }
+  return made;
+}
+
+inline constexpr FloatBytes kFloatBytes = float_bytes();
+
+#if TGI_BF16 && defined(__x86_64__)
+struct TableFloatCodes : PackedCodes {  // E4M3 where tables hold 128 bytes
+  static constexpr int kPairs = 2;
+  ByteTable table;
+  explicit TableFloatCodes(const Stream&) : table(make_byte_table(kFloatBytes.bytes)) {}
+  vi pair(vi codes, int i) const { return signed_pair(table, codes, i); }
+};
+#endif
+
 struct DecodedCodes {  // pairs already
   static constexpr int kPairs = 2;
   static constexpr int64_t kBytes = kPanel * 4 * kPairs;
@@ -338,11 +367,15 @@ void gemm(Pool& pool, const Gemm& g) {
     if constexpr (G::kCodes == Codes::kInteger)
       if (!g.w.wide_activations) return gemm_grouped(pool, g, grouped);
     const Stream s = stream_of(g.w, grouped);
-    if constexpr (G::kCodes == Codes::kE4m3)
+    if constexpr (G::kCodes == Codes::kE4m3) {
+#if TGI_BF16 && defined(__x86_64__)
+      if (has_byte_tables()) return gemm_stream<TableFloatCodes>(pool, g, s);
+#endif
       gemm_stream<FloatCodes>(pool, g, s);
-    else if constexpr (G::kBits == 8)
+    } else if constexpr (G::kBits == 8) {
       gemm_stream<ByteCodes>(pool, g, s);
-    else
+    } else {
       gemm_stream<NibbleCodes>(pool, g, s);
+    }
   });
 }

@@ -175,6 +175,27 @@ inline vi e4m3_pair(vi codes, int i) {
   return _mm512_ternarylogic_epi32(sign, high, magnitude, 0xca);  // sign ? high : magnitude
 }
 
+// The same with the tables of 128 bytes that AVX512_VBMI looks up, as assembly, since g++ is not told of it.
+inline bool has_byte_tables() { return __builtin_cpu_supports("avx512vbmi"); }
+struct ByteTable {  // of 128 words: their low bytes, then their high ones
+  vi low[2], high[2];
+};
+inline ByteTable make_byte_table(const uint8_t (&bytes)[2][128]) {
+  return {{load_pairs(bytes[0]), load_pairs(bytes[0] + 64)}, {load_pairs(bytes[1]), load_pairs(bytes[1] + 64)}};
+}
+inline vi look_up(const vi (&table)[2], vi index) {
+  asm("vpermi2b %2, %1, %0" : "+v"(index) : "v"(table[0]), "v"(table[1]));
+  return index;
+}
+// Bytes with a sign above seven bits as a bf16 pair.
+inline vi signed_pair(const ByteTable& table, vi codes, int i) {
+  const vi low = look_up(table.low, codes);
+  const vi high = _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(0x80)), codes, look_up(table.high, codes), 0xca);
+  const vi odd = _mm512_set1_epi16(static_cast<int16_t>(0xff00));
+  if (i == 0) return _mm512_ternarylogic_epi32(odd, _mm512_slli_epi16(high, 8), low, 0xca);
+  return _mm512_ternarylogic_epi32(odd, high, _mm512_srli_epi16(low, 8), 0xca);
+}
+
 // For sampling.
 
 constexpr int kWideLanes = 8;  // fp64 lanes
