@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.library import Attention, Context, Gemm, Probe, pointer
@@ -44,6 +45,9 @@ class Peaks:
 
 class RandomRows:
     """Random codes of a scheme, as `kernels.grouped.GroupedRows`."""
+
+    wide_activations = False
+    order: Tensor | None = None
 
     def __init__(self, scheme: GroupScheme, rows: int, columns: int) -> None:
         self.scheme, self.out_features, self.in_features = scheme, rows, columns
@@ -87,10 +91,17 @@ def measured_peaks(context: Context) -> Peaks:
 
 def products(context: Context, console: Console, shapes: dict[str, tuple[int, int]]) -> None:
     """One table for each way to hold weights."""
-    schemes = {"bf16": None, "int8": INT8, "int4": INT4, "int4 g64": wide(4, 64, minimum=True)}
+    schemes = {
+        "bf16": None,
+        "int8": INT8,
+        "int4": INT4,
+        "int4 g64": wide(4, 64, minimum=True),
+        "nf4 g64": wide(4, 64, codes="nf4"),
+        "e4m3 g64": wide(8, 64, codes="e4m3"),
+    }
     for name, scheme in schemes.items():
         peaks = measured_peaks(context)
-        rate = peaks.bf16 if scheme is None else peaks.int8
+        rate = peaks.int8 if scheme and scheme.codes == "integer" else peaks.bf16
         table = Table(title=f"{name} weights: microseconds a product (share of the bound)")
         table.add_column("product")
         for rows in ROWS:

@@ -1,6 +1,7 @@
 """Time of an engine's step by part: what the kernels take, and what is around them.
 
-    python benchmarks/step.py MODEL [--batch-sizes 1,8,32] [--sampled] [--json step.json]
+    python benchmarks/step.py MODEL [--batch-sizes 1,8,32] [--sampled] [--quantize int4]
+        [--json step.json]
 
 Runs the engine in this process, without sockets or clients, over sequences that decode side by
 side; then a prompt of 2048 tokens, one that takes a single step. For each part the least, the
@@ -116,6 +117,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,8,32")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", help="round the matrices while loading")
+    parser.add_argument("--activation-dtype", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sampled", action="store_true", help="draw with every native feature")
     parser.add_argument("--json", type=Path)
@@ -123,7 +126,11 @@ def main() -> None:
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     config = EngineConfig(
         model=ModelConfig(
-            model_id=str(options.model), dtype=options.dtype, max_model_len=PREFILL + 256
+            model_id=str(options.model),
+            dtype=options.dtype,
+            max_model_len=PREFILL + 256,
+            quantize=options.quantize,
+            activation_dtype=options.activation_dtype,
         ),
         cache=CacheConfig(
             kv_cache_tokens=max(PREFILL + 256, max(sizes) * (options.steps + 64)),

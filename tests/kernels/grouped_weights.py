@@ -36,8 +36,20 @@ class RandomGroups:
             codes[start:end], scales[start:end], None if minima is None else minima[start:end]
         )
 
+    def replace(self, codes: Tensor, scales: Tensor) -> None:
+        """Others of the same scheme, which has no minima."""
+        self.out_features, self.in_features = codes.shape
+        self._whole = Grouped(codes, scales.to(self.scheme.scale))
+
     def dequantize(self) -> Tensor:
         return self.scheme.decode(self._whole)
+
+
+def minima_of(weight: RandomGroups) -> Tensor:
+    """Magnitude of each weight's minimum, float64 [rows, columns]."""
+    minima = weight.rows(0, weight.out_features).minima
+    assert minima is not None
+    return minima.double().abs().repeat_interleave(weight.scheme.group, 1)
 
 
 def rounded_activations(x: Tensor) -> Tensor:

@@ -92,36 +92,6 @@ inline void visit_grouped(const Matrix& w, const Visitor& visit) {
   }
 }
 
-// One run of a panel as bf16 pairs, as gemm.inc.h reads them: [16 pairs of inputs][32 outputs][2].
-template <class G>
-inline void decode_run(const uint8_t* codes, const uint8_t* tail, bf16* out) {
-  constexpr int kPer = kPanel / kLanes;
-  constexpr int kStored = G::kBits == 8 ? 8 : 4;  // runs of bytes, of four or eight inputs
-  const vi low = set1_int(G::kBits == 8 ? 0xff : 0x0f);
-  for (int v = 0; v < kPer; ++v) {
-    vf scale[G::kParts], minimum = zero();
-    for (int part = 0; part < G::kParts; ++part) scale[part] = G::scales(tail, part, v * kLanes);
-    if (G::kMinimum) minimum = G::scales(tail, G::kParts, v * kLanes);
-    for (int i = 0; i < kStored; ++i) {
-      const vi four = load_pairs(codes + (i * kPanel + v * kLanes) * 4);
-      const vf factor = scale[G::kParts == 1 ? 0 : i / (kStored / G::kParts)];
-#pragma GCC unroll 8
-      for (int half = 0; half < 8 / G::kBits; ++half) {
-        vf value[4];
-#pragma GCC unroll 8
-        for (int b = 0; b < 4; ++b) {
-          value[b] = mul(G::values(bit_and(shift_right(four, 8 * b + 4 * half), low)), factor);
-          if (G::kMinimum) value[b] = add(value[b], minimum);
-        }
-        const int input = i * (32 / G::kBits) + half * 4;
-        for (int pair = 0; pair < 2; ++pair)
-          store_pairs(out + ((input / 2 + pair) * kPanel + v * kLanes) * 2,
-                      make_pairs(value[2 * pair], value[2 * pair + 1]));
-      }
-    }
-  }
-}
-
 // One output's weights, times `factor`, in fp32: a row of a table.
 template <class G>
 inline void decode_row(const Matrix& w, int64_t output, float factor, float* out, G) {

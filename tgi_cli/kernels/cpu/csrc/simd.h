@@ -8,6 +8,8 @@
 //                  -128 to each int32 lane, exactly
 //   dot2_int       adds the two products of a pair of words to each int32 lane, exactly
 //   widen_bytes    signed bytes as words; store_words rounds to words and saturates
+//   nibble_pair    bf16 pair i of four, out of a PairTable, for the eight nibbles of each lane: of bytes 0 and 2,
+//                  then 1 and 3, the low halves first
 //   keep, blank    choose lanes by count, bits by mask; at_least, is_nan give one bit for each lane
 // and loads, stores, arithmetic and conversions, all rounding to nearest even.
 // Sums over lanes have an order of their own, the same at every call.
@@ -75,6 +77,26 @@ inline vf from_e4m3(vi codes) {
   const vi sign = shift_left(bit_and(codes, set1_int(0x80)), 24);
   const vf magnitude = mul(from_bits(shift_left(bit_and(codes, set1_int(0x7f)), 20)), set1(0x1p120f));
   return from_bits(bit_or(cast_bits(magnitude), sign));
+}
+
+// Numbers that bf16 has, as pairs.
+inline vi exact_pairs(vf even, vf odd) {
+  return bit_or(shift_right(cast_bits(even), 16), blank(cast_bits(odd), 0xffff0000u));
+}
+
+// Bytes of each lane, less `zero`, as a bf16 pair: 0 and 2, or 1 and 3.
+inline vi byte_pair(vi codes, float zero, int i) {
+  const vi low = set1_int(0xff), magic = set1_int(0x4b000000);  // 2^23
+  const vf taken = set1(8388608.0f + zero);
+  const vi even = i == 0 ? codes : shift_right(codes, 8), odd = shift_right(codes, i == 0 ? 16 : 24);
+  return exact_pairs(sub(from_bits(bit_or(bit_and(even, low), magic)), taken),
+                     sub(from_bits(bit_or(bit_and(odd, low), magic)), taken));
+}
+
+// The same for E4M3 codes; an instruction set may have a way of its own.
+template <class Vector>
+inline vi e4m3_pair(Vector codes, int i) {
+  return exact_pairs(from_e4m3(shift_right(codes, 8 * i)), from_e4m3(shift_right(codes, 8 * i + 16)));
 }
 
 // 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.

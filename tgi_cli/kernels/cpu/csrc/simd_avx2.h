@@ -17,6 +17,7 @@ constexpr int kQuantVectors = 2;  // of a panel (of a lone row kLoneVectors), by
 constexpr int kQuantRows = 2;  // of int8 activations, or
 constexpr int kQuantWideRows = 2;  // in wide forms
 constexpr int kLoneVectors = 2;
+constexpr int kCodeRows = 4;  // of bf16 activations by codes, and kQuantVectors
 constexpr int kRowGroup = 2;  // of queries, by
 constexpr int kValueVectors = 4;  // of values
 constexpr bool kScalesToZero = false;  // scale_by_power, for any power far below
@@ -139,6 +140,28 @@ inline vi make_pairs(vf a, vf b) {
   return _mm256_or_si256(round_bits(a), _mm256_slli_epi32(round_bits(b), 16));
 }
 
+
+// Nibbles as bf16 pairs, for products with bf16 activations; simd.h says which.
+
+struct PairTable {  // of 16 words
+  vi low, high;     // bytes, in both halves
+};
+inline PairTable make_table(const bf16* values) {
+  alignas(16) uint8_t low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    low[i] = static_cast<uint8_t>(values[i]);
+    high[i] = static_cast<uint8_t>(values[i] >> 8);
+  }
+  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)))};
+}
+inline vi nibble_pair(const PairTable& table, vi codes, int i) {
+  const vi index = _mm256_and_si256(i < 2 ? codes : _mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+  const vi low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+  const vi even = _mm256_set1_epi16(0xff);
+  if (i % 2 == 0) return _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(high, 8));
+  return _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even, high));
+}
 
 // For sampling.
 

@@ -18,6 +18,7 @@ constexpr int kQuantVectors = 2;  // of a panel (of a lone row kLoneVectors), by
 constexpr int kQuantRows = 4;  // of int8 activations, or
 constexpr int kQuantWideRows = 4;  // in wide forms
 constexpr int kLoneVectors = 8;
+constexpr int kCodeRows = 6;  // of bf16 activations by codes, and kQuantVectors
 constexpr int kRowGroup = 1;  // of queries, by
 constexpr int kValueVectors = 8;  // of values
 constexpr bool kScalesToZero = false;  // scale_by_power, for any power far below
@@ -139,6 +140,23 @@ inline void store_bf16(bf16* p, vf x) { vst1_u16(p, round_bits(x)); }
 inline vi make_pairs(vf a, vf b) {
   const uint16x4_t first = round_bits(a), second = round_bits(b);
   return vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(first, second), vzip2_u16(first, second)));
+}
+
+// Nibbles as bf16 pairs, for products with bf16 activations; simd.h says which.
+
+struct PairTable {  // of 16 words
+  uint8x16_t low, high;
+};
+inline PairTable make_table(const bf16* values) {
+  const uint8x16_t first = vreinterpretq_u8_u16(vld1q_u16(values));
+  const uint8x16_t second = vreinterpretq_u8_u16(vld1q_u16(values + 8));
+  return {vuzp1q_u8(first, second), vuzp2q_u8(first, second)};
+}
+inline vi nibble_pair(const PairTable& table, vi codes, int i) {
+  const uint8x16_t bytes = vreinterpretq_u8_u32(codes);
+  const uint8x16_t index = i < 2 ? vandq_u8(bytes, vdupq_n_u8(15)) : vshrq_n_u8(bytes, 4);
+  const uint8x16_t low = vqtbl1q_u8(table.low, index), high = vqtbl1q_u8(table.high, index);
+  return vreinterpretq_u32_u8(i % 2 == 0 ? vtrn1q_u8(low, high) : vtrn2q_u8(low, high));
 }
 
 // For sampling.
