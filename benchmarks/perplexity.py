@@ -37,7 +37,7 @@ WINDOW = 512
 
 @dataclass
 class Result:
-    """Losses in nats of the counted tokens, in the text's order; only their mean is known of llama.cpp."""
+    """Losses in nats of the counted tokens, in the text's order; of llama.cpp only their mean."""
 
     name: str
     mean: float
