@@ -196,6 +196,13 @@ def main() -> None:
     print(f"original: perplexity {before:.4f} over {held_out.tokens.numel():,} tokens", flush=True)
     results = []
     for method in arguments.methods:
+        if method in ROUNDINGS:
+            alone = Measured(arguments.model, held_out.tokens)
+            alone.round_inputs(ROUNDINGS[method])
+            after = alone.perplexity(alone.states())
+            print(
+                f"only activations rounded as for {method}: {after / before - 1:+.2%}", flush=True
+            )
         for tool in quantizers(arguments):
             if method in tool.methods:
                 out = work / f"{tool.name}-{method}"

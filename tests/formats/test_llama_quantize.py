@@ -20,8 +20,9 @@ from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.gguf_source import GgufSource
 
 TOKENS = torch.randint(3, VOCAB, (48,), generator=torch.Generator().manual_seed(5)).tolist()
-#: Mean error of logits in their standard deviations with activations rounded to int8.
-NEAR = 0.05
+#: Mean error of logits in their standard deviations with activations rounded to int8 seven layers
+#: long: 0.051 to 0.056 was seen, and 0.025 for bfloat16. One wrong matrix is off by about 1.
+NEAR = 0.08
 #: What to ask for, and a type that must be among the matrices: K-types mix.
 KINDS = {
     "BF16": "BF16",
