@@ -1,6 +1,10 @@
-"""What `tgi quantize` wrote, run by vLLM: are its greedy tokens the best ones of our evaluation?
+"""Quantized folders in other programs: what they compute, against our float32 evaluation.
 
     python -m benchmarks.interchange --vllm VENV/bin/python FOLDER [FOLDER ...]
+    python -m benchmarks.interchange --transformers VENV/bin/python FOLDER [FOLDER ...]
+
+The second compares the logits of the same prompts in float32 with those of transformers; formats
+whose activations it rounds differ by that. The first lets vLLM answer:
 
 Four prompts of 32 tokens, 32 greedy tokens each, in bfloat16. Every token is looked up in our own
 float32 logits behind the same text: it is the best one there, or so many nats behind the best.
@@ -13,6 +17,7 @@ import argparse
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +38,15 @@ model = LLM(folder, dtype="bfloat16", enforce_eager=True, max_model_len=256, max
 sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
 answers = model.generate([{"prompt_token_ids": row} for row in prompts], sampling)
 print("\\n" + json.dumps([list(each.outputs[0].token_ids) for each in answers]))
+"""
+
+_TRANSFORMERS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+with torch.inference_mode():
+    torch.save(model(torch.tensor(prompts)).logits.float().log_softmax(-1), out)
 """
 
 #: Log-probabilities of the next tokens behind a text, in float32: [tokens] -> [tokens, vocabulary].
@@ -59,15 +73,42 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+")
-    parser.add_argument("--vllm", metavar="PYTHON", required=True)
+    programs = parser.add_mutually_exclusive_group(required=True)
+    programs.add_argument("--vllm", metavar="PYTHON")
+    programs.add_argument("--transformers", metavar="PYTHON")
     parser.add_argument("--text", metavar="FILE", help="prompts; the package's text if left out")
     arguments = parser.parse_args()
     for folder in arguments.folders:
         tokenizer = load_tokenizer(folder)
         text = shipped_text("held_out") if arguments.text is None else read_text(arguments.text)
         prompts = samples_of(text, "prompts", tokenizer, count=PROMPTS, length=PROMPT_TOKENS).tokens
-        found = agreement(arguments.vllm, folder, prompts, Measured(folder, prompts).behind)
+        behind = Measured(folder, prompts).behind
+        found = (
+            agreement(arguments.vllm, folder, prompts, behind)
+            if arguments.vllm
+            else difference(arguments.transformers, folder, prompts, behind)
+        )
         print(f"{folder}: {found}", flush=True)
+
+
+def difference(python: str, folder: str, prompts: Tensor, behind: Evaluation) -> str:
+    """How far the log-probabilities of an interpreter's transformers are from ours, or why not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logs.pt"
+        done = subprocess.run(
+            [python, "-c", _TRANSFORMERS, str(Path(folder).resolve()),
+             json.dumps(prompts.tolist()), str(out)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": ""},
+        )  # fmt: skip
+        if done.returncode:
+            return reason(done.stderr)
+        theirs = torch.load(out)
+    ours = torch.stack([behind(prompt) for prompt in prompts])
+    moved = float((ours - theirs).abs().max())
+    best = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return f"at most {moved:.1e} nats apart, {best} of {prompts.numel()} best tokens the same"
 
 
 def agreement(python: str, folder: str, prompts: Tensor, behind: Evaluation) -> Agreement:
