@@ -1,6 +1,7 @@
 """The same model with other numbers: a copy whose weights no longer lie on a grid.
 
     python benchmarks/off_grid.py MODEL OUT
+    python benchmarks/off_grid.py MODEL OUT --finetune 200
 
 MODEL is a folder or a GGUF file. A model that was once stored in 4 bits is easy to quantize again:
 its weights lie on the old grid. The copy, in bfloat16, computes the same function (which is
@@ -12,11 +13,15 @@ permutation. There the stream is permuted, each value head is turned (and the ou
 inputs with it), and the inner features of the feed-forward part are permuted and rescaled, up
 against down: no group of inputs keeps the scales it had. Rotation also takes outliers away: what
 helps against outliers (AWQ, SmoothQuant) has less to do on a rotated copy.
+
+With `--finetune` the weights leave the grid in another way, by that many steps of training on the
+package's calibration text: another function, but one with its outliers.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,40 @@ import torch
 from torch import Tensor
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
+from tgi_cli.quantize.convert.calibration import shipped_text
+
+RATE, LENGTH = 3e-5, 128  # of fine-tuning: what a step moves a weight by, tokens of a step
+
 
 def main() -> None:
     """Write the copy of the first argument into the second."""
-    source, out = Path(sys.argv[1]), sys.argv[2]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--finetune", metavar="STEPS", type=int, help="train instead of turning")
+    arguments = parser.parse_args()
+    source, out = Path(arguments.model), arguments.out
     place: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    if arguments.finetune is None:
+        turned(model)
+    else:
+        text = tokenizer(shipped_text("calibration"), return_tensors="pt").input_ids[0]
+        finetune(model, text, arguments.finetune)
+    if source.suffix == ".gguf":  # dense since it was read, but still marked as it was stored
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for_older_readers(Path(out) / "config.json")
+    print(out)
+
+
+def turned(model: Any) -> None:
+    """Turn it, and check that it still computes the same."""
     tokens = torch.arange(100, 228).unsqueeze(0) % model.config.vocab_size
     with torch.inference_mode():
         before = model(tokens).logits
@@ -40,12 +71,37 @@ def main() -> None:
     off = float((after - before).abs().max() / before.std())
     if off > 1e-3:
         raise SystemExit(f"the copy computes another function: logits differ by {off:.1e} sigma")
-    if source.suffix == ".gguf":  # dense since it was read, but still marked as it was stored
-        del model.config.quantization_config
-        model.hf_quantizer = None
-    model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(out)
-    print(f"{Path(out)}: logits differ by at most {off:.1e} of their deviation")
+    print(f"logits differ by at most {off:.1e} of their deviation")
+
+
+def finetune(model: Any, text: Tensor, steps: int) -> None:
+    """Train on stretches of `text` [tokens] in turn, in place; products in bfloat16."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    starts = [step * LENGTH % (len(text) - LENGTH) for step in range(steps)]
+    before = [part.detach().clone() for part in model.model.layers[0].parameters()]
+    for step, start in enumerate(starts):
+        rows = text[None, start : start + LENGTH]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            print(f"step {step}: {float(loss):.3f} nats", flush=True)
+    moved = [
+        float((part - old).norm() / old.norm())
+        for part, old in zip(model.model.layers[0].parameters(), before, strict=True)
+        if part.dim() == 2
+    ]
+    print(f"the first layer's matrices moved by {min(moved):.3f} to {max(moved):.3f} of their norm")
+
+
+def for_older_readers(path: Path) -> None:
+    """Say RoPE's base where transformers 4 (AutoAWQ) looks for it; missing, it would be 10,000."""
+    config = json.loads(path.read_text())
+    theta = config.get("rope_parameters", {}).get("rope_theta")
+    if theta is not None:
+        path.write_text(json.dumps({**config, "rope_theta": theta}, indent=2) + "\n")
 
 
 def rotate(model: Any) -> None:

@@ -1,7 +1,7 @@
 r"""Quantizers side by side: same model, same calibration tokens, same bits; prints a table.
 
     python benchmarks/off_grid.py MODEL COPY
-    python benchmarks/quantization.py COPY WORK --group-size 64 \
+    python -m benchmarks.quantization COPY WORK --group-size 64 \
         --gptqmodel VENV/bin/python --llmcompressor VENV/bin/python --autoawq VENV/bin/python
 
 The other quantizers want versions of their own (GPT-QModel an older numpy, llm-compressor an older
@@ -28,12 +28,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.interchange import PROMPT_TOKENS, PROMPTS, agreement
 from tgi_cli.kernels.backend import select
 from tgi_cli.model.batch import Batch, GroupTables
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 from tgi_cli.quantize.convert.calibration import read_text, samples_of, shipped_text
+from tgi_cli.quantize.convert.layer_work import Rounding, round_inputs
+from tgi_cli.quantize.methods.activations import round_fp8, round_int8
 from tgi_cli.tokenizer import load_tokenizer
+
+#: What servers do to the activations of these methods.
+ROUNDINGS: dict[str, Rounding] = {"int8": round_int8, "fp8": round_fp8}
 
 OURS = """
 import json, sys
@@ -78,7 +84,6 @@ import torch
 from awq import AutoAWQForCausalLM
 from awq.quantize import quantizer
 from awq.utils import calib_data
-from transformers import AutoTokenizer
 model, out, method, group, tokens = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
 # Its own loader wants text; these are the tokens that the others see.
@@ -87,7 +92,7 @@ loaded = AutoAWQForCausalLM.from_pretrained(
     model, device_map="cpu", torch_dtype=torch.float32, use_cache=False, low_cpu_mem_usage=True
 )
 config = {"zero_point": True, "q_group_size": int(group), "w_bit": 4, "version": "GEMM"}
-loaded.quantize(AutoTokenizer.from_pretrained(model), quant_config=config)
+loaded.quantize(None, quant_config=config)
 loaded.save_quantized(out)
 """
 
@@ -99,6 +104,9 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+# Its AWQ pins memory for an accelerator, which fails where there is none.
+IntermediatesCache.pin_memory = lambda *a, **kw: None
 model, out, method, group, tokens = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
@@ -153,6 +161,7 @@ class Result:
     method: str
     perplexity: float = math.nan
     divergence: float = math.nan
+    rounded: float | None = None  # perplexity with activations rounded too
     cost: Cost | None = None
     failure: str = ""
 
@@ -179,12 +188,21 @@ def main() -> None:
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps(seen.tokens.tolist()))
     original = Measured(arguments.model, held_out.tokens)
-    true = original.states()
+    kept = work / f"original-{held_out.digest[:8]}.pt"
+    true = torch.load(kept) if kept.exists() else original.states()
+    torch.save(true, kept)
     before = original.perplexity(true)
     print(f"{len(seen.tokens)} x {seen.shape[1]} tokens of calibration", flush=True)
     print(f"original: perplexity {before:.4f} over {held_out.tokens.numel():,} tokens", flush=True)
     results = []
     for method in arguments.methods:
+        if method in ROUNDINGS:
+            alone = Measured(arguments.model, held_out.tokens)
+            alone.round_inputs(ROUNDINGS[method])
+            after = alone.perplexity(alone.states())
+            print(
+                f"only activations rounded as for {method}: {after / before - 1:+.2%}", flush=True
+            )
         for tool in quantizers(arguments):
             if method in tool.methods:
                 out = work / f"{tool.name}-{method}"
@@ -192,6 +210,11 @@ def main() -> None:
                 print(result, flush=True)
                 results.append(result)
     show(results, before)
+    for method in arguments.methods if arguments.vllm else ():
+        folder = str(work / f"tgi-{method}")
+        prompts = held_out.tokens[:PROMPTS, :PROMPT_TOKENS]
+        found = agreement(arguments.vllm, folder, prompts, Measured(folder, prompts).behind)
+        print(f"{method} in vLLM: {found}", flush=True)
 
 
 def text(path: str | None, shipped: str) -> str:
@@ -215,6 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--autoawq", metavar="PYTHON")
+    parser.add_argument("--vllm", metavar="PYTHON", help="to run what tgi wrote")
     return parser.parse_args()
 
 
@@ -256,8 +280,13 @@ def measured(
             return Result(tool.name, method, failure=lines[-1][:200])
         figures.write_text(json.dumps(asdict(cost)))
     cost = Cost(**json.loads(figures.read_text()))
-    perplexity, divergence = Measured(str(out), original.samples).against(original, true)
-    return Result(tool.name, method, perplexity, divergence, cost)
+    model = Measured(str(out), original.samples)
+    perplexity, divergence = model.against(original, true)
+    rounded = None
+    if method in ROUNDINGS:
+        model.round_inputs(ROUNDINGS[method])
+        rounded = model.perplexity(model.states())
+    return Result(tool.name, method, perplexity, divergence, rounded, cost)
 
 
 def run(command: list[str], folder: Path, log: object) -> tuple[int, Cost]:
@@ -286,14 +315,27 @@ class Measured:
 
     def __init__(self, folder: str, samples: torch.Tensor) -> None:
         self.samples = samples
-        self._checkpoint = open_checkpoint(folder).for_length(samples.shape[1])
+        self._checkpoint = open_checkpoint(folder).for_length(max(256, samples.shape[1]))
         self._backend = select("cpu")
         self._decoder = Decoder.build(self._checkpoint, self._backend, torch.float32)
 
+    def round_inputs(self, rounding: Rounding) -> None:
+        """Let every matrix of the layers see its input rounded from now on."""
+        for layer in self._decoder.layers:
+            round_inputs(layer, rounding)
+
     @torch.inference_mode()
+    def behind(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities behind each token of one text: [length, vocabulary]."""
+        return self._decoder.logits(self._states(tokens[None])[0]).log_softmax(-1)
+
     def states(self) -> list[torch.Tensor]:
         """What the head reads, for each sample: [length, width]."""
-        length = self.samples.shape[1]
+        return self._states(self.samples)
+
+    @torch.inference_mode()
+    def _states(self, samples: torch.Tensor) -> list[torch.Tensor]:
+        length = samples.shape[1]
         spec = self._checkpoint.spec
         tables = GroupTables(torch.arange(length), torch.zeros(1, 1, dtype=torch.int32))
         caches = [
@@ -317,7 +359,7 @@ class Measured:
                 ),
                 caches,
             ).clone()
-            for sample in self.samples
+            for sample in samples
         ]
 
     @torch.inference_mode()
@@ -348,16 +390,18 @@ def surprise(logs: torch.Tensor, sample: torch.Tensor) -> float:
 
 def show(results: list[Result], original: float) -> None:
     table = Table(
-        "method", "tool", "perplexity", "change", "KL", "seconds", "of processors", "peak memory"
-    )
+        "method", "tool", "perplexity", "change", "KL", "activations rounded",
+        "seconds", "of processors", "peak memory",
+    )  # fmt: skip
     for result in results:
         figures = (
-            [result.failure, *[""] * 5]
+            [result.failure, *[""] * 6]
             if result.cost is None
             else [
                 f"{result.perplexity:.4f}",
                 f"{result.perplexity / original - 1:+.2%}",
                 f"{result.divergence:.4f}",
+                "" if result.rounded is None else f"{result.rounded / original - 1:+.2%}",
                 f"{result.cost.seconds:.0f}",
                 f"{result.cost.processor_seconds:.0f}",
                 f"{result.cost.peak_bytes / 1e9:.2f} GB",

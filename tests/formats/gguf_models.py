@@ -43,8 +43,11 @@ class TinyModel:
     state: dict[str, torch.Tensor]
 
 
-def tiny_model(family: str) -> TinyModel:
-    """A randomly initialized model whose every parameter, norms and biases too, is perturbed."""
+def tiny_model(family: str, **sizes: int) -> TinyModel:
+    """A randomly initialized model whose every parameter, norms and biases too, is perturbed.
+
+    `sizes` replace those of `SHAPE`; heads, layers and vocabulary stay.
+    """
     import transformers as hf
 
     cls, architecture, extra = {
@@ -57,7 +60,7 @@ def tiny_model(family: str) -> TinyModel:
     }[family]
     if family == "gemma3":
         extra["query_pre_attn_scalar"] = 32
-    config = cls(**SHAPE, **extra)
+    config = cls(**{**SHAPE, **extra, **sizes})
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(len(family))
     with torch.no_grad():

@@ -83,16 +83,3 @@ def test_smoothing_scales_halve_the_error_of_uneven_inputs() -> None:
         return float((ours - rows @ weight.T).norm() / (rows @ weight.T).norm())
 
     assert error(smoothing_scales(weight, inputs, as_they_are)) < 0.5 * error(torch.ones(64))
-
-
-def test_divided_statistics_are_those_of_divided_inputs() -> None:
-    _, inputs, rows = uneven()
-    scales = torch.linspace(0.5, 2, 64)
-    expected = InputStatistics(64, torch.device("cpu"))
-    expected.add(rows / scales)
-    divided = inputs.divided(scales)
-    torch.testing.assert_close(divided.moments, expected.moments, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(divided.mean_magnitude, expected.mean_magnitude)
-    torch.testing.assert_close(divided.largest, expected.largest)
-    torch.testing.assert_close(divided.sample, expected.sample)
-    assert divided.count == expected.count

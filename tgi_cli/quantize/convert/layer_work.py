@@ -262,8 +262,7 @@ class LayerWork:
             )
             self._layer = load_layer(loader, spec, self.index, group, table)
             if self._rounding is not None:
-                for home, place in _homes(self._layer).values():
-                    setattr(home, place, _RoundedLinear(getattr(home, place), self._rounding))
+                round_inputs(self._layer, self._rounding)
         return self._layer
 
     def _forward(self, layer: Layer, states: Tensor) -> Tensor:
@@ -279,6 +278,12 @@ class LayerWork:
         rows = states.reshape(count * length, width).to(device)
         delta, residual = layer.forward(rows, torch.zeros_like(rows), batch, *caches)
         return (delta + residual).view(count, length, width)
+
+
+def round_inputs(layer: Layer, rounding: Rounding) -> None:
+    """Let every matrix of `layer` see its input rounded from now on."""
+    for home, place in _homes(layer).values():
+        setattr(home, place, _RoundedLinear(getattr(home, place), rounding))
 
 
 def _homes(layer: Layer) -> dict[Role, tuple[object, str]]:

@@ -74,7 +74,7 @@ def fp8_layer(
 def awq_layer(
     work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
 ) -> QuantizedLayer:
-    """Scales on all inputs first, as folding changes matrices before; then clipping and rounding.
+    """Scales on all inputs first, as folding changes matrices before; then GPTQ on clipped grids.
 
     Folded gains keep the dtype of the checkpoint. Clipping is the grid's search.
     """
@@ -85,18 +85,12 @@ def awq_layer(
         scales = awq_scales(
             work.weight(point), seen[point], recipe.bits, recipe.group_size, partial(tied, point)
         )
-        seen[point] = seen[point].divided(fold(work, point, scales, work.stored_dtype))
+        fold(work, point, scales, work.stored_dtype)
     for point in work.points:
-        weight, inputs = work.weight(point), seen[point]
-        grid = fit(
-            weight,
-            recipe.bits,
-            recipe.group_size,
-            symmetric=False,
-            scale_dtype=scale_dtype,
-            moments=inputs.moments,
-        )
-        _store(work, point, grid.nearest(weight), weight, inputs, done)
+        [inputs] = work.observe(stream, [point])
+        weight = work.weight(point)
+        matrix = _solved(weight, inputs, recipe, scale_dtype, symmetric=False)
+        _store(work, point, matrix, weight, inputs, done)
     return done
 
 
@@ -119,13 +113,18 @@ def int8_layer(
 
 
 def _solved(
-    weight: Tensor, inputs: InputStatistics, recipe: Recipe, scale_dtype: torch.dtype
+    weight: Tensor,
+    inputs: InputStatistics,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    *,
+    symmetric: bool = True,
 ) -> QuantizedMatrix:
     grid = fit(
         weight,
         recipe.bits,
         recipe.group_size,
-        symmetric=True,
+        symmetric=symmetric,
         scale_dtype=scale_dtype,
         moments=inputs.moments,
     )

@@ -39,16 +39,6 @@ class InputStatistics:
         if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
             self._samples = [self.sample]
 
-    def divided(self, scales: Tensor) -> InputStatistics:
-        """Those of the same inputs with their columns divided by `scales` [columns]."""
-        other = InputStatistics(len(scales), scales.device)
-        other.moments = self.moments / scales / scales[:, None]
-        other.largest = self.largest / scales
-        other.count = self.count
-        other._magnitudes = self._magnitudes / scales
-        other._samples = [rows / scales for rows in self._samples]
-        return other
-
     @property
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| of each column, [columns]."""
