@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from tgi_cli.model.decoder import Decoder
 from tgi_cli.quantize.formats.at_load import METHODS
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 from tgi_cli.quantize.formats.packed import GroupedWeight
-from tgi_cli.quantize.formats.roundings import decoded
+from tgi_cli.quantize.formats.roundings import Int4Groups, decoded
 
 NATIVE = library.load() is not None
 TOKENS = torch.randint(3, 512, (48,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -157,6 +158,15 @@ def test_ragged_inputs_stay_right(tmp_path: Path) -> None:
         true = checkpoint.source.read(key).float()
         error = (weight.dequantize() - true).pow(2).mean().sqrt() / true.std()
         assert error < 1.2 * ERRORS[method]
+
+
+def test_four_bits_lose_less_than_q4_0() -> None:
+    rows = torch.randn(2000, 64, generator=torch.Generator().manual_seed(5))
+    rounding = Int4Groups()
+    ours = rounding.scheme(64).decode(rounding.grouped(rows))
+    theirs = gguf.quants.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    theirs = torch.from_numpy(gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType.Q4_0))
+    assert (ours - rows).square().mean() < 0.92 * (theirs - rows).square().mean()
 
 
 def test_zeros_stay_zeros() -> None:
