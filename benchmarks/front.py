@@ -146,6 +146,7 @@ class Front:
             config=ServerConfig(max_concurrent_requests=4096, log_level=log_level),
             engine=EngineConfig(model=ModelConfig(model_id=model)),
             index=0,
+            runtime_dir=folder,
         )
         fd = listener.fileno()
         worker = await Child.spawn(

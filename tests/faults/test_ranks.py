@@ -131,6 +131,8 @@ def test_a_rank_that_hangs_in_native_code_is_named(
         with running(config, tmp_path) as (child, ready):
             client = connected(ready)
             (worker,) = workers(child.process.pid)
+            # Enough work for the minute that it may take to catch the thread in the right place.
+            crowd = [asyncio.create_task(tokens_of(client, endless(f"{i}"))) for i in range(200)]
             await anext(client.generate(endless("r")))
             try:
                 with frozen(worker.pid, "_native"):
@@ -144,6 +146,7 @@ def test_a_rank_that_hangs_in_native_code_is_named(
             )
             wait_until(lambda: gone([worker]))
             client.disconnect("gone")
+            await asyncio.gather(*crowd, return_exceptions=True)
             await client.close()
 
     asyncio.run(hang())
