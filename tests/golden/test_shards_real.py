@@ -38,7 +38,7 @@ COUNT = 16
 GAPS = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.5}
 
 #: For random weights, whose best tokens lie close together.
-FLAT_GAPS = {"float32": 1e-4, "bfloat16": 0.025}
+FLAT_GAPS = {"float32": 1e-4, "bfloat16": 0.025, "int8": 0.1, "int4": 0.1}
 LENGTH = 256  # tokens of a text
 
 pytestmark = [
@@ -154,8 +154,11 @@ def test_two_ranks_cannot_share_nine_heads() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "counts"), [("bfloat16", (2, 4)), ("float32", (2,))])
-def test_the_shape_of_a_billion_parameters(dtype: str, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "counts"),
+    [("bfloat16", (2, 4)), ("float32", (2,)), ("int8", (2, 4)), ("int4", (2,))],
+)
+def test_the_shape_of_a_billion_parameters(numbers: str, counts: tuple[int, ...]) -> None:
     """32 heads, 4 key/value heads; random weights, between whose best tokens there is little."""
     model = os.environ.get("TGI_TEST_1B")
     if model is None:
@@ -171,17 +174,23 @@ def test_the_shape_of_a_billion_parameters(dtype: str, counts: tuple[int, ...]) 
         )
         for i in range(6)
     ]
+    rounded = numbers.startswith("int")  # while loading, with 8-bit activations
     found = []
     for count in (1, *counts):
         core = make_core(
-            Path(model), dtype=dtype, num_shard=count, kv_cache_tokens=2048, block_size=16
+            Path(model),
+            dtype="bfloat16" if rounded else numbers,
+            quantize=numbers if rounded else None,
+            num_shard=count,
+            kv_cache_tokens=2048,
+            block_size=16,
         )
         try:
             found.append(run(core, asked, stagger=1))
         finally:
             core.close()
     for count, divided in zip(counts, found[1:], strict=True):
-        same = equal(asked, found[0], divided, FLAT_GAPS[dtype])
-        print(f"1.17 billion parameters, {count} ranks, {dtype}: {same} of {len(asked)} equal")
-        if dtype == "float32":
+        same = equal(asked, found[0], divided, FLAT_GAPS[numbers])
+        print(f"1.17 billion parameters, {count} ranks, {numbers}: {same} of {len(asked)} equal")
+        if numbers == "float32":
             assert same >= len(asked) - 1
