@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tgi_cli.kernels.backend import select
-from tgi_cli.kernels.cpu.huge_pages import HUGE_PAGE, HugePages, huge_pages_setting
+from tgi_cli.kernels.cpu.huge_pages import HUGE_PAGE, HugePages, commit, huge_pages_setting
 from tgi_cli.kernels.cpu.library import load
 from tgi_cli.kernels.cpu.packed import PackedWeight
 
@@ -75,3 +76,18 @@ def test_the_setting_is_read(tmp_path: Path, text: str, setting: str | None) -> 
     path.write_text(text)
     assert huge_pages_setting(path) == setting
     assert huge_pages_setting(tmp_path / "missing") is None
+
+
+def test_committed_memory_is_there_and_keeps_what_it_holds() -> None:
+    buffer = HugePages().buffer(8 * HUGE_PAGE)
+    buffer[:100] = 7
+    part = buffer[50 : 3 * HUGE_PAGE]
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    before = resident()
+    commit(part)
+    assert resident() - before > HUGE_PAGE
+    assert (buffer[:100] == 7).all()
+    assert not buffer[100 : 3 * HUGE_PAGE].any()

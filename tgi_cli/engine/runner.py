@@ -168,6 +168,7 @@ class ModelRunner:
         for row in scheduled:
             if row.appended_blocks:
                 self._builder.append_blocks(row.row, row.appended_blocks)
+                self._kv_cache.use(row.appended_blocks)
             if row.draft_ids:
                 self._history.propose(row.row, row.draft_ids)
         built = logits = buffer = None
@@ -252,6 +253,7 @@ class ModelRunner:
             for state in self._states:
                 state.add(new.row, request, request.output_ids)
             self._builder.set_blocks(new.row, new.block_ids)
+            self._kv_cache.use(new.block_ids)
         except TgiError as error:
             self._reject(new.row, error.message)
         except Exception:

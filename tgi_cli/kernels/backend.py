@@ -20,7 +20,7 @@ from torch import Tensor
 from tgi_cli.errors import UsageError
 from tgi_cli.kernels import reference
 from tgi_cli.kernels.collective import ALONE, Collective
-from tgi_cli.kernels.cpu.huge_pages import HugePages, huge_pages_setting
+from tgi_cli.kernels.cpu.huge_pages import HugePages, commit, huge_pages_setting
 from tgi_cli.kernels.cpu.library import Library, load
 from tgi_cli.kernels.cpu.packer import Packer
 from tgi_cli.kernels.cpu.program import NativeStep, reason_against, reason_against_spec
@@ -85,6 +85,14 @@ class Backend:
         size = math.prod(shape) * dtype.itemsize
         keys, values = (self.memory.buffer(size).view(dtype).view(shape) for _ in range(2))
         return keys, values
+
+    def commit(self, buffer: Tensor) -> None:
+        """Have the memory of a part of what `allocate_kv` gave there before it is written.
+
+        What it holds stays. May be called from any thread.
+        """
+        if self.device.type == "cpu":
+            commit(buffer)
 
     def weight_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where a matrix that was read into main memory should live; None leaves it there."""
