@@ -113,8 +113,9 @@ async def test_metrics(site: Site) -> None:
     await site.post(CHAT, HELLO)
     await site.post("/generate", {"inputs": ""})
     site.engine.stats = EngineStats(
-        num_waiting=3, kv_blocks_used=7, kv_blocks_total=256, prefix_hit_tokens=5, preemptions=2
-    )
+        num_waiting=3, kv_blocks_used=7, kv_blocks_total=256, prefix_hit_tokens=5, preemptions=2,
+        draft_tokens=9, accepted_draft_tokens=6, verifications=3,
+    )  # fmt: skip
     metrics = await site.metrics()
     assert metrics["tgi_request_count"] == 2
     assert metrics["tgi_request_success"] == 1
@@ -128,6 +129,9 @@ async def test_metrics(site: Site) -> None:
     assert metrics["tgi_kv_blocks_used"] == 7
     assert metrics["tgi_prefix_cache_hit_tokens_total"] == 5
     assert metrics["tgi_preemptions_total"] == 2
+    assert metrics["tgi_draft_tokens_total"] == 9
+    assert metrics["tgi_request_skipped_tokens_sum"] == 6
+    assert metrics["tgi_request_skipped_tokens_count"] == 3
     assert metrics["tgi_http_requests_in_flight"] == 1  # this very scrape
 
 

@@ -96,6 +96,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0  # verified in all
+    accepted_draft_tokens: int = 0
+    verifications: int = 0  # of one sequence's drafts in one step
     last_step_seconds: float = 0.0
     batch_size: int = 0  # sequences in the last step
     batch_tokens: int = 0  # tokens computed in the last step

@@ -86,6 +86,7 @@ class Scheduler:
         self._query_tokens = 0
         self._hit_tokens = 0
         self._preemptions = 0
+        self._draft_tokens = self._accepted_draft_tokens = self._verifications = 0
         self._last_batch = (0, 0)  # sequences, tokens
 
     @property
@@ -241,6 +242,9 @@ class Scheduler:
             prefix_query_tokens=self._query_tokens,
             prefix_hit_tokens=self._hit_tokens,
             preemptions=self._preemptions,
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
+            verifications=self._verifications,
             batch_size=self._last_batch[0],
             batch_tokens=self._last_batch[1],
         )
@@ -406,6 +410,9 @@ class Scheduler:
         self._queue.charge(sequence, output_tokens=len(token_ids))
         self._generated_tokens += len(token_ids)
         if row.draft_ids:
+            self._draft_tokens += len(row.draft_ids)
+            self._accepted_draft_tokens += max(0, len(result.token_ids) - 1)
+            self._verifications += 1
             self._space.publish(sequence, min(sequence.num_computed, len(sequence.token_ids)))
         logprobs = result.logprobs
         if logprobs is not None and len(logprobs) > len(token_ids):

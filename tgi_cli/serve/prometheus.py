@@ -12,7 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, UnknownMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    SummaryMetricFamily,
+    UnknownMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
@@ -224,10 +229,17 @@ class Metrics:
             ("tgi_prefix_cache_query_tokens", "Tokens looked up", stats.prefix_query_tokens),
             ("tgi_prefix_cache_hit_tokens", "Tokens found cached", stats.prefix_hit_tokens),
             ("tgi_preemptions", "Sequences preempted", stats.preemptions),
+            ("tgi_draft_tokens", "Draft tokens verified", stats.draft_tokens),
             ("tgi_engine_restarts", "Engine restarts", self.engine_restarts),
         )
         for name, what, value in counters:
             yield CounterMetricFamily(name, what, float(value))
+        yield SummaryMetricFamily(
+            "tgi_request_skipped_tokens",
+            "Draft tokens accepted, by sequence and step",
+            count_value=stats.verifications,
+            sum_value=float(stats.accepted_draft_tokens),
+        )
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -272,6 +272,8 @@ def test_rejected_drafts_are_subtracted_and_accepted_ones_kept() -> None:
     row = step.rows[0]
     assert (row.start, row.num_tokens, row.draft_ids) == (5, 4, [11, 12, 13])
     assert delta.token_ids == [11, 99]
+    stats = bench.scheduler.stats()
+    assert (stats.draft_tokens, stats.accepted_draft_tokens, stats.verifications) == (3, 1, 1)
     step, _ = bench.run()
     assert (step.rows[0].start, step.rows[0].num_tokens) == (7, 1)
 
