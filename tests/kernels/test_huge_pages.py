@@ -87,7 +87,7 @@ def test_committed_memory_is_there_and_keeps_what_it_holds() -> None:
         return psutil.Process().memory_info().rss
 
     before = resident()
-    commit(part)
+    assert commit(part)
     assert resident() - before > HUGE_PAGE
     assert (buffer[:100] == 7).all()
     assert not buffer[100 : 3 * HUGE_PAGE].any()

@@ -5,6 +5,7 @@ Knows neither who holds which block (the scheduler) nor how it is read (the kern
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 from tgi_cli.engine.memory_plan import MemoryPlan
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.model.spec import DecoderSpec
+
+log = logging.getLogger(__name__)
 
 #: Bytes of each tensor that are committed together: a huge page of most systems.
 _PAGE = 2 << 20
@@ -34,6 +37,7 @@ class KVCache:
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:
         layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._backend = backend
+        self._ahead = True  # until the system refuses
         self._groups: list[list[Tensor]] = []
         self._committed: list[int] = []  # blocks of each group that are there, or will be soon
         for group, planned in zip(spec.kv_groups, plan.groups, strict=True):
@@ -55,7 +59,7 @@ class KVCache:
 
         Returns the thread that commits what comes after them, if that had to be begun.
         """
-        wanted = []
+        wanted: list[Tensor] = []
         for group, ids in enumerate(block_ids):
             committed, tensors = self._committed[group], self._groups[group]
             page, total = _blocks_of_page(tensors[0]), len(tensors[0])
@@ -64,7 +68,7 @@ class KVCache:
             end = min(total, max(committed, max(ids) + 1) + page)
             self._committed[group] = end
             wanted += [tensor[committed:end] for tensor in tensors]
-        if not wanted:
+        if not wanted or not self._ahead:
             return None
         thread = threading.Thread(target=self._commit, args=(wanted,), name="tgi-kv", daemon=True)
         thread.start()
@@ -72,7 +76,10 @@ class KVCache:
 
     def _commit(self, parts: list[Tensor]) -> None:
         for part in parts:
-            self._backend.commit(part)
+            if not self._backend.commit(part):
+                self._ahead = False
+                log.info("memory of the KV cache is not committed ahead: the system refuses it")
+                return
             time.sleep(_PAUSE)
 
     @property

@@ -86,13 +86,12 @@ class Backend:
         keys, values = (self.memory.buffer(size).view(dtype).view(shape) for _ in range(2))
         return keys, values
 
-    def commit(self, buffer: Tensor) -> None:
+    def commit(self, buffer: Tensor) -> bool:
         """Have the memory of a part of what `allocate_kv` gave there before it is written.
 
-        What it holds stays. May be called from any thread.
+        What it holds stays. May be called from any thread. False where that cannot be done.
         """
-        if self.device.type == "cpu":
-            commit(buffer)
+        return self.device.type != "cpu" or commit(buffer)
 
     def weight_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where a matrix that was read into main memory should live; None leaves it there."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.unit.runtime.test_memory_plan import planned
@@ -50,3 +52,20 @@ def test_blocks_are_committed_a_page_ahead(tiny_checkpoint: Callable[..., Path])
     assert resident(keys) >= cache.nbytes - 4 * (2 << 20) - (64 << 10)
     assert cache.use([[4 * PAGE - 1]]) is None
     assert not keys.any()
+
+
+def test_a_system_that_cannot_is_asked_once(
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tiny_checkpoint("llama")
+    plan = planned(path, kv_cache_tokens=16 * (4 * PAGE - 1))
+    cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
+    monkeypatch.setattr("tgi_cli.kernels.cpu.huge_pages._POPULATE_WRITE", 12345)  # no such advice
+    with caplog.at_level(logging.INFO):
+        thread = cache.use([[PAGE]])
+        assert thread is not None
+        thread.join()
+    assert "not committed ahead" in caplog.text
+    assert cache.use([[3 * PAGE]]) is None

@@ -41,17 +41,19 @@ class HugePages:
         return torch.frombuffer(part, dtype=torch.uint8)[:nbytes]
 
 
-def commit(memory: Tensor) -> None:
+def commit(memory: Tensor) -> bool:
     """Have the pages of a contiguous tensor there before it is written; what it holds stays.
 
     The first write to a page of 2 MiB waits until it is found and cleared, in a virtual machine for
-    milliseconds. Where the system cannot do it beforehand, that is left to the first write.
+    milliseconds. False where the system cannot do it beforehand (Linux before 5.14, or no memory
+    is left): then that is left to the first write.
     """
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     first = memory.data_ptr() // _LINE * _LINE
     last = -(-(memory.data_ptr() + memory.nbytes) // _LINE) * _LINE
-    libc.madvise(first, last - first, _POPULATE_WRITE)
+    done: int = libc.madvise(first, last - first, _POPULATE_WRITE)
+    return done == 0
 
 
 def huge_pages_setting(path: Path = _SETTING) -> str | None:
