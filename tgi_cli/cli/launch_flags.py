@@ -212,10 +212,11 @@ WORKING = (
             minimum=1,
         ),
         _own(
-            "max_mixed_prompt_tokens",
-            "scheduler.max_mixed_prompt_tokens",
-            "Prompt tokens in a step in which answers grow too: fewer shorten the gaps between "
-            "tokens, more let new requests answer sooner.",
+            "max_mixed_tokens",
+            "scheduler.max_mixed_tokens",
+            "Tokens computed in a step in which answers grow, of prompts and decodes together; prompts "
+            "may always have half as many. Fewer shorten the gaps between tokens, more let new "
+            "requests answer sooner.",
             kind="integer",
             minimum=1,
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
+from collections import deque
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -18,10 +18,11 @@ from tgi_cli.model.spec import DecoderSpec
 
 log = logging.getLogger(__name__)
 
-#: Bytes of each tensor that are committed together: a huge page of most systems.
+#: Bytes of each tensor that are committed together: a huge page of most systems. Clearing one takes a
+#: core for milliseconds in a virtual machine whose host has to find it.
 _PAGE = 2 << 20
-#: Seconds between two tensors: clearing a page takes milliseconds of a core that steps want too.
-_PAUSE = 0.01
+#: Pages between the one that holds the newest block in use and the end of what is committed.
+_AHEAD = 2
 
 
 class KVCache:
@@ -30,16 +31,22 @@ class KVCache:
     `kernels.kv_rows` says what a row holds in each dtype. Layers of one group use the same block
     ids; block 0 of each is the null block.
 
-    Memory is committed as blocks are used for the first time, and a page ahead of that by a thread:
-    a step that had to wait for a new page of every tensor would be a gap for all who read.
+    Memory is committed pages ahead of the blocks that are used for the first time, by a thread: a step
+    that had to wait for a new page of every tensor would be a gap for all who read. So would one beside
+    which they all are cleared, so that is spread: twice as fast as blocks fill what is there.
     """
 
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:
         layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._backend = backend
-        self._ahead = True  # until the system refuses
+        self._can_commit = True  # until the system refuses
         self._groups: list[list[Tensor]] = []
-        self._committed: list[int] = []  # blocks of each group that are there, or will be soon
+        self._committed: list[int] = []  # blocks of each group that are there, or will be
+        self._newest: list[int] = []  # the highest block of each group in use so far
+        self._parts: deque[Tensor] = deque()  # to be committed
+        self._allowed = float("inf")  # how many of them by now; all that the first blocks ask for
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
         for group, planned in zip(spec.kv_groups, plan.groups, strict=True):
             for layer in group.layers:
                 layers[layer] = backend.allocate_kv(
@@ -52,35 +59,51 @@ class KVCache:
             tensors = [tensor for layer in group.layers for tensor in layers[layer]]
             self._groups.append(tensors)
             self._committed.append(min(len(tensors[0]), _blocks_of_page(tensors[0])))
+            self._newest.append(0)
         self.layers = tuple(layers[index] for index in range(len(spec.layers)))
 
-    def use(self, block_ids: Sequence[Sequence[int]]) -> threading.Thread | None:
-        """Take note of blocks of each group that are about to be written.
-
-        Returns the thread that commits what comes after them, if that had to be begun.
-        """
+    def use(self, block_ids: Sequence[Sequence[int]]) -> None:
+        """Take note of blocks of each group that are about to be written."""
         wanted: list[Tensor] = []
+        earned = 0.0
         for group, ids in enumerate(block_ids):
-            committed, tensors = self._committed[group], self._groups[group]
-            page, total = _blocks_of_page(tensors[0]), len(tensors[0])
-            if not ids or committed >= total or max(ids) + page // 2 < committed:
+            newest = self._newest[group]
+            if not ids or not self._can_commit or max(ids) <= newest:
                 continue
-            end = min(total, max(committed, max(ids) + 1) + page)
-            self._committed[group] = end
-            wanted += [tensor[committed:end] for tensor in tensors]
-        if not wanted or not self._ahead:
-            return None
-        thread = threading.Thread(target=self._commit, args=(wanted,), name="tgi-kv", daemon=True)
-        thread.start()
-        return thread
-
-    def _commit(self, parts: list[Tensor]) -> None:
-        for part in parts:
-            if not self._backend.commit(part):
-                self._ahead = False
-                log.info("memory of the KV cache is not committed ahead: the system refuses it")
+            tensors, total = self._groups[group], len(self._groups[group][0])
+            page = _blocks_of_page(tensors[0])
+            earned += 2 * len(tensors) * (max(ids) - newest) / page
+            newest = self._newest[group] = max(ids)
+            end = min(total, (newest // page + 1 + _AHEAD) * page)
+            first = max(self._committed[group], newest // page * page)
+            if first < end:
+                self._committed[group] = end
+                wanted += [tensor[first:end] for tensor in tensors]
+        with self._changed:
+            if not (self._parts or wanted):
                 return
-            time.sleep(_PAUSE)
+            self._parts += wanted
+            self._allowed += earned
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._commit, name="tgi-kv", daemon=True)
+                self._thread.start()
+
+    def _commit(self) -> None:
+        """Until everything wanted is there."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._parts or self._allowed >= 1)
+                if not self._parts:
+                    self._allowed, self._thread = 0.0, None
+                    return
+                part = self._parts.popleft()
+                self._allowed -= 1
+            if not self._backend.commit(part):
+                log.info("memory of the KV cache is not committed ahead: the system refuses it")
+                with self._changed:
+                    self._can_commit = False
+                    self._parts.clear()
 
     @property
     def nbytes(self) -> int:

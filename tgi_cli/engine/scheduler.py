@@ -308,9 +308,10 @@ class Scheduler:
             )
 
     def _budget(self, ready: list[Sequence]) -> int:
-        """Tokens of the next step. Beside answers that grow prompts get less than alone.
+        """Tokens of the next step; fewer where answers grow.
 
-        How long such a step takes is a gap that everybody who reads an answer sees.
+        How long such a step takes is a gap that everybody who reads an answer sees. Prompts get what
+        the answers leave, but half of it where those are many.
         """
         growing = [sequence for sequence in ready if sequence.num_computed >= sequence.num_prompt]
         most = self._config.max_batch_tokens
@@ -320,7 +321,8 @@ class Scheduler:
             len(sequence.token_ids) - sequence.num_computed + len(sequence.draft_ids)
             for sequence in growing
         )
-        return min(most, own + self._config.max_mixed_prompt_tokens)
+        mixed = self._config.max_mixed_tokens
+        return min(most, max(mixed, own + (mixed + 1) // 2))
 
     def _run(self, sequence: Sequence, count: int, appended: tuple[list[int], ...]) -> ScheduledRow:
         """Put the next `count` positions into the step being built."""

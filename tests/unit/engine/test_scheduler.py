@@ -26,7 +26,7 @@ class Bench:
         max_num_seqs: int = 4,
         max_model_len: int = 100,
         max_waiting: int = 100,
-        max_mixed_prompt_tokens: int = 1000,
+        max_mixed_tokens: int = 1000,
     ) -> None:
         self.now = 0.0
         self.scheduler = Scheduler(
@@ -34,7 +34,7 @@ class Bench:
                 max_num_seqs=max_num_seqs,
                 max_batch_tokens=budget,
                 max_waiting=max_waiting,
-                max_mixed_prompt_tokens=max_mixed_prompt_tokens,
+                max_mixed_tokens=max_mixed_tokens,
             ),
             groups=[KVGroupLayout(window=None, num_blocks=num_blocks)],
             block_size=4,
@@ -487,7 +487,7 @@ def test_the_scheduler_needs_neither_torch_nor_sockets() -> None:
 
 
 def test_prompts_get_less_of_a_step_beside_answers_that_grow() -> None:
-    bench = Bench(budget=64, max_mixed_prompt_tokens=10)
+    bench = Bench(budget=64, max_mixed_tokens=11)
     bench.add("a", 60)
     step = bench.schedule()
     assert [row.num_tokens for row in step.rows] == [60]  # alone it has the whole budget
@@ -499,3 +499,14 @@ def test_prompts_get_less_of_a_step_beside_answers_that_grow() -> None:
         counts.append([row.num_tokens for row in step.rows])
         bench.update(step)
     assert counts == [[1, 10], [1, 10], [1, 5], [1, 1]]
+
+
+def test_prompts_get_half_of_a_mixed_step_beside_many_answers() -> None:
+    bench = Bench(budget=64, max_mixed_tokens=5)
+    for name in "abc":
+        bench.add(name, 3)
+    bench.run()
+    bench.add("d", 6)
+    counts = [lengths(bench.run()[0]) for _ in range(3)]
+    # Three tokens for prompts, which is more than three answers leave of five.
+    assert counts == [[1, 1, 1, 3], [1, 1, 1, 3], [1, 1, 1, 1]]

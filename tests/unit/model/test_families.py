@@ -263,6 +263,21 @@ def test_both_spellings_of_rope(spelling: str, kind: str) -> None:
     assert rope.scaling == LinearScaling(4.0)
 
 
+def test_bases_that_gpt_qmodel_writes_twice() -> None:
+    bare = without(GEMMA_3, "rope_theta", "rope_local_base_freq")
+    rope = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        "rope_theta": {"global": 1e6, "local": 1e4},
+        "rope_type": "default",
+    }
+    layers = read(bare, rope_parameters=rope).layers
+    assert (layers[0].attention.rope.theta, layers[5].attention.rope.theta) == (1e4, 1e6)
+    for changed in ({"rope_theta": {"global": 1e6, "local": 2e4}}, {"rope_type": "linear"}):
+        with pytest.raises(UnsupportedModel, match="local|rope_type"):
+            read(bare, rope_parameters=rope | changed)
+
+
 def test_yarn_extends_a_configuration_left_at_the_old_length() -> None:
     scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
     spec = read(QWEN2_5, rope_scaling=scaling)

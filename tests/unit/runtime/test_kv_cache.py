@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,26 +33,63 @@ def resident(tensor: torch.Tensor) -> int:
     raise AssertionError("the tensor is in no mapping")
 
 
-def test_blocks_are_committed_a_page_ahead(tiny_checkpoint: Callable[..., Path]) -> None:
+def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def thread_of(cache: KVCache) -> bool:
+    """Whether its thread has work."""
+    return any(thread.name == "tgi-kv" for thread in threading.enumerate())
+
+
+#: Two layers of keys and values.
+TENSORS = 4
+SLACK = 64 << 10
+
+
+def test_two_pages_are_there_from_the_first_block_on_and_the_next_as_blocks_fill_them(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
     path = tiny_checkpoint("llama")
-    plan = planned(path, kv_cache_tokens=16 * (4 * PAGE - 1))
+    plan = planned(path, kv_cache_tokens=16 * (6 * PAGE - 1))
     cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
     keys = cache.layers[0][0]
-    assert len(keys) == 4 * PAGE
-    assert cache.use([[1, 2]]) is None
-    before = resident(keys)
-    thread = cache.use([[PAGE // 2, 3]])
-    assert thread is not None
-    thread.join()
-    # Two layers of keys and values, a page each.
-    assert resident(keys) - before >= 4 * (2 << 20) - (64 << 10)
-    assert cache.use([[PAGE // 2 + 1]]) is None  # has been done
-    assert cache.use([[]]) is None
-    last = cache.use([[4 * PAGE - 1]])
-    assert last is not None
-    last.join()
-    assert resident(keys) >= cache.nbytes - 4 * (2 << 20) - (64 << 10)
-    assert cache.use([[4 * PAGE - 1]]) is None
+    assert len(keys) == 6 * PAGE
+    start = resident(keys)
+
+    def pages() -> float:
+        """Committed so far, of all tensors together."""
+        return (resident(keys) - start + SLACK) / (2 << 20)
+
+    cache.use([[1, 2]])
+    assert until(lambda: not thread_of(cache))
+    assert 2 * TENSORS <= pages() < 2 * TENSORS + 1
+    cache.use([[PAGE - 1]])  # the same page
+    cache.use([[]])
+    assert not thread_of(cache)
+    cache.use([[PAGE, 3]])  # asks for one page of each, and has filled next to none of it
+    assert until(lambda: not cache._allowed >= 1)
+    time.sleep(0.2)
+    assert thread_of(cache)
+    assert 2 * TENSORS <= pages() < 2 * TENSORS + 1
+    cache.use([[PAGE + PAGE // 4]])  # a quarter earns half of them
+    assert until(lambda: pages() >= 2 * TENSORS + TENSORS // 2)
+    time.sleep(0.2)
+    assert pages() < 2 * TENSORS + TENSORS // 2 + 1
+    cache.use([[PAGE + PAGE // 2]])
+    assert until(lambda: not thread_of(cache))
+    assert 3 * TENSORS <= pages() < 3 * TENSORS + 1
+    cache.use([[6 * PAGE - 1]])
+    assert until(lambda: not thread_of(cache))
+    # What lies before a block that came out of turn is left to its first write, and nothing is past
+    # the end; nothing was written.
+    assert 4 * TENSORS <= pages() < 4 * TENSORS + 1
+    cache.use([[6 * PAGE - 1]])
+    assert not thread_of(cache)
     assert not keys.any()
 
 
@@ -64,8 +103,8 @@ def test_a_system_that_cannot_is_asked_once(
     cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
     monkeypatch.setattr("tgi_cli.kernels.cpu.huge_pages._POPULATE_WRITE", 12345)  # no such advice
     with caplog.at_level(logging.INFO):
-        thread = cache.use([[PAGE]])
-        assert thread is not None
-        thread.join()
-    assert "not committed ahead" in caplog.text
-    assert cache.use([[3 * PAGE]]) is None
+        cache.use([[PAGE]])
+        assert until(lambda: not thread_of(cache))
+        cache.use([[3 * PAGE]])
+        assert not thread_of(cache)
+    assert caplog.text.count("not committed ahead") == 1

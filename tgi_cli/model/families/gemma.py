@@ -97,5 +97,11 @@ def _ropes(config: ConfigReader, head_dim: int, max_positions: int) -> tuple[Rop
         )
     whole = rope_from(newer.section("full_attention"), head_dim, max_positions, theta)
     local = rope_from(newer.section("sliding_attention"), head_dim, max_positions, local_theta)
+    again = newer.section("rope_theta")  # GPT-QModel says both bases twice
+    if again is not None:
+        again.expect("global", whole.theta)
+        again.expect("local", local.theta)
+        again.finish()
+    newer.expect("rope_type", "default")
     newer.finish()
     return whole, local

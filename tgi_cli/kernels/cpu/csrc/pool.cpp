@@ -20,8 +20,10 @@ constexpr auto kSpin = std::chrono::microseconds(60);
 // Items last some 10 to 100 us; who holds one for longer has probably lost the core.
 constexpr auto kCallerSpin = std::chrono::microseconds(40);
 // Sleeping for a quarter of a window means a lost core more often than not: then fewer threads take
-// part, and from time to time one more is tried again.
-constexpr auto kWindow = std::chrono::milliseconds(25);
+// part, and from time to time one more is tried again. Long enough that a core lost for some
+// milliseconds now and then is borne: fewer threads would cost more.
+constexpr auto kWindow = std::chrono::milliseconds(100);
+constexpr auto kTrial = std::chrono::milliseconds(25);
 constexpr auto kNarrow = std::chrono::milliseconds(200);
 constexpr int kLostShare = 4;
 // Of what `look_ahead` names a thread fetches so much, a few lines between two looks for work: far less
@@ -79,7 +81,7 @@ void* Pool::scratch(size_t bytes) {
   return scratch_;
 }
 
-bool Pool::claim_and_run(uint32_t epoch, int worker) {
+uint32_t Pool::claim_and_run(uint32_t epoch, int worker) {
   // The job was written before its epoch was published and is rewritten only kJobs epochs later; a
   // successful claim proves that the epoch was still current after the job was read. Claims acquire
   // what the ticket's store released, and the caller acquires from `done_` what every item wrote.
@@ -87,7 +89,7 @@ bool Pool::claim_and_run(uint32_t epoch, int worker) {
   const Body body = job.body.load(std::memory_order_relaxed);
   void* const context = job.context.load(std::memory_order_relaxed);
   const uint32_t items = job.items.load(std::memory_order_relaxed);
-  bool ran = false;
+  uint32_t ran = 0;
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(ticket >> 32) == epoch && static_cast<uint32_t>(ticket) < items) {
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
@@ -96,7 +98,7 @@ bool Pool::claim_and_run(uint32_t epoch, int worker) {
     body(context, static_cast<uint32_t>(ticket), worker);
     const uint32_t done = done_.fetch_add(1, std::memory_order_seq_cst) + 1;
     if (worker != 0 && done == items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
-    ran = true;
+    ++ran;
     ticket = ticket_.load(std::memory_order_acquire);
   }
   return ran;
@@ -104,7 +106,8 @@ bool Pool::claim_and_run(uint32_t epoch, int worker) {
 
 void Pool::run(int64_t items, Body body, void* context) {
   if (items <= 0) return;
-  if (items > 1 && !threads_.empty()) adapt();
+  const auto started = Clock::now();
+  if (items > 1 && !threads_.empty()) adapt(started);
   if (items == 1 || threads_.empty() || width_.load(std::memory_order_relaxed) <= 1) {
     for (int64_t i = 0; i < items; ++i) body(context, i, 0);
     return;
@@ -120,13 +123,13 @@ void Pool::run(int64_t items, Body body, void* context) {
     wake_.fetch_add(1, std::memory_order_seq_cst);
     futex_wake(&wake_);
   }
-  claim_and_run(epoch, 0);
-  wait_for(static_cast<uint32_t>(items));
+  const uint32_t ran = claim_and_run(epoch, 0);
+  wait_for(static_cast<uint32_t>(items), started, ran);
 }
 
 // Either the caller sees the last item done before it sleeps, or who does it sees that the caller
 // sleeps: each announces before it looks.
-void Pool::wait_for(uint32_t items) {
+void Pool::wait_for(uint32_t items, Clock::time_point started, uint32_t ran) {
   if (done_.load(std::memory_order_acquire) == items) return;
   const auto began = Clock::now();
   for (int spins = 1; done_.load(std::memory_order_acquire) < items; ++spins) {
@@ -137,7 +140,11 @@ void Pool::wait_for(uint32_t items) {
   caller_sleeps_.store(1, std::memory_order_seq_cst);
   for (uint32_t done; (done = done_.load(std::memory_order_seq_cst)) < items;) futex_wait(&done_, done);
   caller_sleeps_.store(0, std::memory_order_seq_cst);
-  slept_ += Clock::now() - began;
+  // Who works on an item for no longer than the caller did on each of its own has its core: items of
+  // a long prompt last milliseconds.
+  const auto waited = Clock::now() - began;
+  const auto item = ran > 0 ? (began - started) / ran : Clock::duration::zero();
+  if (waited > item) slept_ += waited - item;
 }
 
 void Pool::fetch_some(int worker, Fetched* fetched) const {
@@ -152,16 +159,21 @@ void Pool::fetch_some(int worker, Fetched* fetched) const {
 }
 
 // Called before each job of more than one item.
-void Pool::adapt() {
-  const auto now = Clock::now();
+void Pool::adapt(Clock::time_point now) {
   const int width = width_.load(std::memory_order_relaxed);
-  if (now - window_start_ < kWindow && (width == size() || now < narrow_until_)) return;
-  if (now - window_start_ < 2 * kWindow && slept_ * kLostShare > now - window_start_) {
+  const Clock::duration window = trial_ ? kTrial : kWindow;
+  const bool wait_over = width < size() && now >= narrow_until_;
+  if (now - window_start_ < window && !wait_over) return;
+  if (now - window_start_ < 2 * window && slept_ * kLostShare > now - window_start_) {
     if (width > 1) width_.store(width - 1, std::memory_order_relaxed);
     narrow_until_ = now + kNarrow;
-  } else if (width < size() && now >= narrow_until_) {
+    trial_ = false;
+  } else if (wait_over) {
     width_.store(width + 1, std::memory_order_relaxed);
-    narrow_until_ = now + kWindow;
+    narrow_until_ = now + kTrial;
+    trial_ = true;
+  } else {
+    trial_ = false;
   }
   window_start_ = now;
   slept_ = Clock::duration::zero();
@@ -178,7 +190,7 @@ void Pool::work(int worker) {
       const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_acquire) >> 32);
       if (epoch != seen) {
         seen = epoch;
-        if (worker < width_.load(std::memory_order_relaxed)) found = claim_and_run(epoch, worker);
+        if (worker < width_.load(std::memory_order_relaxed)) found = claim_and_run(epoch, worker) > 0;
         if (found) break;
       }
       fetch_some(worker, &fetched);

@@ -68,9 +68,10 @@ class Pool {
 
   void work(int worker);
   void fetch_some(int worker, Fetched* fetched) const;
-  bool claim_and_run(uint32_t epoch, int worker);
-  void wait_for(uint32_t items);
-  void adapt();
+  // How many items it ran.
+  uint32_t claim_and_run(uint32_t epoch, int worker);
+  void wait_for(uint32_t items, Clock::time_point started, uint32_t ran);
+  void adapt(Clock::time_point now);
 
   alignas(64) std::atomic<uint64_t> ticket_{0};  // epoch << 32 | next item
   alignas(64) std::atomic<uint32_t> done_{0};
@@ -86,6 +87,7 @@ class Pool {
   // stays reduced.
   Clock::time_point window_start_, narrow_until_;
   Clock::duration slept_{};
+  bool trial_ = false;  // one more thread takes part than did before
   void* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
   std::vector<std::thread> threads_;
