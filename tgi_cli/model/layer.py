@@ -30,6 +30,16 @@ class Layer(Protocol):
         """[tokens, hidden_size] twice -> the next pair."""
         ...
 
+    def attend(
+        self, delta: Tensor, residual: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of `forward`: the pair in front of the feed-forward part."""
+        ...
+
+    def feed(self, delta: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The second half."""
+        ...
+
 
 class PreNormLayer:
     """A norm before each part: Llama's wiring."""
@@ -46,8 +56,17 @@ class PreNormLayer:
         self, delta: Tensor, residual: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Layer.forward`."""
+        return self.feed(*self.attend(delta, residual, batch, k_cache, v_cache), batch)
+
+    def attend(
+        self, delta: Tensor, residual: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Layer.attend`."""
         x, residual = self.before_attention.add_forward(delta, residual)
-        delta = self.attention.forward(x, batch, k_cache, v_cache)
+        return self.attention.forward(x, batch, k_cache, v_cache), residual
+
+    def feed(self, delta: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `Layer.feed`."""
         x, residual = self.before_feed.add_forward(delta, residual)
         return self.mlp.forward(x, batch), residual
 
@@ -75,8 +94,18 @@ class SandwichLayer:
         self, delta: Tensor, residual: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Layer.forward`."""
+        return self.feed(*self.attend(delta, residual, batch, k_cache, v_cache), batch)
+
+    def attend(
+        self, delta: Tensor, residual: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Layer.attend`."""
         x, residual = self.before_attention.add_forward(delta, residual)
-        delta = self.after_attention.forward(self.attention.forward(x, batch, k_cache, v_cache))
+        delta = self.attention.forward(x, batch, k_cache, v_cache)
+        return self.after_attention.forward(delta), residual
+
+    def feed(self, delta: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `Layer.feed`."""
         x, residual = self.before_feed.add_forward(delta, residual)
         return self.after_feed.forward(self.mlp.forward(x, batch)), residual
 

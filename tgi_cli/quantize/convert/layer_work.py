@@ -28,6 +28,8 @@ from tgi_cli.quantize.formats.base import WHOLE, Shard, TensorSource
 from tgi_cli.quantize.methods.statistics import InputStatistics
 
 Role = Literal["qkv", "o", "gate_up", "down"]
+#: Those behind the middle of a layer, where the residual stream has what attention adds.
+_FEED: frozenset[Role] = frozenset({"gate_up", "down"})
 #: Rows [n, columns] -> rows of the same shape.
 Rounding = Callable[[Tensor], Tensor]
 
@@ -164,6 +166,7 @@ class LayerWork:
         self._overlay = Overlay(checkpoint.source)
         self._layer: Layer | None = None
         self._rounding: Rounding | None = None
+        self._middle: Stream | None = None  # of the stream that is observed
 
     @property
     def prefix(self) -> str:
@@ -199,19 +202,30 @@ class LayerWork:
         """Let `value` stand for a tensor from now on."""
         self._overlay.replaced[name] = value
         self._layer = None
+        names = self.spec.names
+        if name not in {self.prefix + part + ".weight" for part in (names.gate, names.up, names.down)}:
+            self._forget_middle()
 
     def round_inputs(self, rounding: Rounding) -> None:
         """Let every matrix see its input rounded from now on."""
         self._rounding = rounding
         self._layer = None
+        self._forget_middle()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has such a tensor."""
         return name in self._overlay
 
     def observe(self, stream: Stream, points: Sequence[Point]) -> list[InputStatistics]:
-        """Run the samples up to the last of `points`; statistics of the inputs of each."""
+        """Run the samples up to the last of `points`; statistics of the inputs of each.
+
+        For points behind the middle of the layer what the first half gives is kept on the disk until
+        that changes.
+        """
+        half = all(point.role in _FEED for point in points)
+        source = self._halfway(stream) if half else stream
         layer = self._built()
+        run = self._feed if half else self._forward
         homes = _homes(layer)
         gathered: dict[Role, InputStatistics] = {}
         waiting: set[Role] = set()
@@ -231,10 +245,10 @@ class LayerWork:
             tap = _Tap(plain[point.role], partial(show, point.role))
             setattr(home, place, tap)
         try:
-            for _, states in stream.batches():
+            for _, states in source.batches():
                 waiting.update(point.role for point in points)
                 try:
-                    self._forward(layer, states)
+                    run(layer, states)
                 except _Reached:
                     continue
         finally:
@@ -245,10 +259,31 @@ class LayerWork:
 
     def advance(self, stream: Stream) -> Stream:
         """Run the samples through the layer as it is now; the states in front of the next one."""
+        if self._middle is not None and self._middle.name == _middle_name(stream):
+            states = self._run(self._middle, stream.writer(self.index + 1), self._feed)
+            self._forget_middle()
+            return states
+        return self._run(stream, stream.writer(self.index + 1), self._forward)
+
+    def _halfway(self, stream: Stream) -> Stream:
+        """The states in the middle of the layer."""
+        if self._middle is None or self._middle.name != _middle_name(stream):
+            self._forget_middle()
+            middle = Stream(stream.folder, _middle_name(stream), stream.shape, self.index)
+            self._middle = self._run(stream, StreamWriter(middle), self._attend)
+        return self._middle
+
+    def _forget_middle(self) -> None:
+        if self._middle is not None:
+            self._middle.remove()
+            self._middle = None
+
+    def _run(
+        self, stream: Stream, writer: StreamWriter, part: Callable[[Layer, Tensor], Tensor]
+    ) -> Stream:
         layer = self._built()
-        writer: StreamWriter = stream.writer(self.index + 1)
         for rows, states in stream.batches():
-            writer.put(rows, self._forward(layer, states))
+            writer.put(rows, part(layer, states))
         return writer.finish()
 
     def _built(self) -> Layer:
@@ -267,17 +302,38 @@ class LayerWork:
 
     def _forward(self, layer: Layer, states: Tensor) -> Tensor:
         """States [n, length, width] through the layer, each sample on its own."""
-        device = self.backend.device
-        count, length, width = states.shape
+        return self._feed(layer, self._attend(layer, states))
+
+    def _attend(self, layer: Layer, states: Tensor) -> Tensor:
+        """The first half."""
+        count, length, _ = states.shape
         part = self.spec.layers[self.index].attention
         # One block holds a whole sample.
         caches = self.backend.allocate_kv(
             count, length, part.num_kv_heads, part.head_dim, torch.float32
         )
+        return self._through(
+            states, lambda rows, batch: layer.attend(rows, torch.zeros_like(rows), batch, *caches)
+        )
+
+    def _feed(self, layer: Layer, states: Tensor) -> Tensor:
+        """The second half."""
+        return self._through(
+            states, lambda rows, batch: layer.feed(rows, torch.zeros_like(rows), batch)
+        )
+
+    def _through(
+        self, states: Tensor, part: Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        device = self.backend.device
+        count, length, width = states.shape
         batch = _batch(count, length, len(self.spec.kv_groups), device)
-        rows = states.reshape(count * length, width).to(device)
-        delta, residual = layer.forward(rows, torch.zeros_like(rows), batch, *caches)
+        delta, residual = part(states.reshape(count * length, width).to(device), batch)
         return (delta + residual).view(count, length, width)
+
+
+def _middle_name(stream: Stream) -> str:
+    return f"{stream.name}-middle"
 
 
 def round_inputs(layer: Layer, rounding: Rounding) -> None:

@@ -61,10 +61,11 @@ def estimate(
     ends = table + 6 * 128 * spec.vocab_size * 4
     memory = _PROGRAM + max(layer + _activation_bytes(checkpoint, length), ends)
     width = spec.hidden_size * 4
-    streams = (2 * math.prod(held_out) + math.prod(calibration)) * width
+    held, calibrated_on = 2 * math.prod(held_out) * width, math.prod(calibration) * width
     stored = sum(map(source.nbytes, source.keys()))
-    # The next layer's states are whole before this one's go; finished layers are joined once.
-    return Requirements(memory, 2 * streams + 2 * stored)
+    # The next layer's states are whole before this one's go, as are those in the middle of a layer;
+    # finished layers are joined once.
+    return Requirements(memory, 2 * held + 3 * calibrated_on + 2 * stored)
 
 
 def _layer_bytes(checkpoint: Checkpoint, calibrated: bool, index: int) -> int:

@@ -14,6 +14,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 #: What `fit` multiplies the smallest scale without clipping by. Codes are relative, so a factor of
 #: two changes nothing; between, a row's weights move within their powers of two.
 _STRETCHES = tuple(2 ** (step / 16) for step in range(16))
+_SPLIT = float(2**20 + 1)  # leaves four of float32's 24 significant bits
+_CHUNK_ELEMENTS = 1 << 16  # rows are searched in parts that stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,29 @@ class Fp8Grid:
 
 
 def fit(weight: Tensor) -> Fp8Grid:
-    """Scales for [rows, columns] float32 that clip nothing, each with the least squared error."""
+    """Scales for [rows, columns] float32 that clip nothing, each with the least squared error.
+
+    Values too small for e4m3 to hold in full count as if it did; beside the others they are nothing.
+    """
+    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    return Fp8Grid(torch.cat([_fit_rows(part) for part in torch.split(weight, step)]))
+
+
+def _fit_rows(weight: Tensor) -> Tensor:
     smallest = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
     best, least = smallest, torch.full_like(smallest, torch.inf)
+    scaled, spread, rest = (torch.empty_like(weight) for _ in range(3))
     for stretch in _STRETCHES:
         scales = smallest * stretch
-        loss = (round_e4m3(weight / scales) * scales - weight).square().sum(1, keepdim=True)
+        # Dekker's splitting: the value that four significant bits leave is spread - rest.
+        torch.div(weight, scales, out=scaled)
+        torch.mul(scaled, _SPLIT, out=spread)
+        torch.sub(spread, scaled, out=rest)
+        moved = spread.sub_(rest).sub_(scaled)
+        loss = torch.linalg.vecdot(moved, moved).unsqueeze(1) * scales.square()
         best = torch.where(loss < least, scales, best)
         least = torch.minimum(loss, least)
-    return Fp8Grid(best)
+    return best
 
 
 def round_e4m3(values: Tensor) -> Tensor:

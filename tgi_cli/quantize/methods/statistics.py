@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 _SAMPLE_ROWS = 512
+_BLOCK = 384  # columns of the moments that are added to together
 
 
 class InputStatistics:
     """Sums over all input rows seen so far.
 
     Attributes:
-        moments: [columns, columns] float32, sum of x xT over the rows x.
+        moments: [columns, columns] float32, sum of x xT over the rows x; exactly symmetric.
         largest: [columns], largest magnitude.
         count: rows seen.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.moments = torch.zeros(columns, columns, device=device)
+        self._moments = torch.zeros(columns, columns, device=device)  # at and below the diagonal
+        self._whole = True
         self.largest = torch.zeros(columns, device=device)
         self.count = 0
         self._magnitudes = torch.zeros(columns, device=device)
@@ -30,7 +32,11 @@ class InputStatistics:
     def add(self, rows: Tensor) -> None:
         """Take in rows [n, columns]."""
         rows = rows.float()
-        self.moments.addmm_(rows.T, rows)
+        columns = rows.shape[1]
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            self._moments[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+        self._whole = False
         magnitudes = rows.abs()
         self._magnitudes += magnitudes.sum(0)
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
@@ -38,6 +44,15 @@ class InputStatistics:
         self._samples.append(rows[:: max(1, len(rows) // 64)].clone())
         if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
             self._samples = [self.sample]
+
+    @property
+    def moments(self) -> Tensor:
+        """See the class."""
+        if not self._whole:
+            self._moments.tril_()
+            self._moments += self._moments.tril(-1).T
+            self._whole = True
+        return self._moments
 
     @property
     def mean_magnitude(self) -> Tensor:
