@@ -214,9 +214,9 @@ WORKING = (
         _own(
             "max_mixed_tokens",
             "scheduler.max_mixed_tokens",
-            "Tokens computed in a step in which answers grow, of prompts and decodes together; prompts "
-            "may always have half as many. Fewer shorten the gaps between tokens, more let new "
-            "requests answer sooner.",
+            "Tokens computed in a step in which answers grow, of prompts and decodes together; "
+            "prompts may always have half as many. Fewer shorten the gaps between tokens, more let "
+            "new requests answer sooner.",
             kind="integer",
             minimum=1,
         ),

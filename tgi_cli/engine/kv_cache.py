@@ -18,8 +18,8 @@ from tgi_cli.model.spec import DecoderSpec
 
 log = logging.getLogger(__name__)
 
-#: Bytes of each tensor that are committed together: a huge page of most systems. Clearing one takes a
-#: core for milliseconds in a virtual machine whose host has to find it.
+#: Bytes of each tensor that are committed together: a huge page of most systems. Clearing one takes
+#: a core for milliseconds in a virtual machine whose host has to find it.
 _PAGE = 2 << 20
 #: Pages between the one that holds the newest block in use and the end of what is committed.
 _AHEAD = 2
@@ -31,9 +31,9 @@ class KVCache:
     `kernels.kv_rows` says what a row holds in each dtype. Layers of one group use the same block
     ids; block 0 of each is the null block.
 
-    Memory is committed pages ahead of the blocks that are used for the first time, by a thread: a step
-    that had to wait for a new page of every tensor would be a gap for all who read. So would one beside
-    which they all are cleared, so that is spread: twice as fast as blocks fill what is there.
+    Memory is committed pages ahead of the blocks that are used for the first time, by a thread: a
+    step that had to wait for a new page of every tensor would be a gap for all who read. So would
+    one beside which all are cleared, so that is spread: twice as fast as blocks fill what is there.
     """
 
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:

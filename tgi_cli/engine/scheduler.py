@@ -310,8 +310,8 @@ class Scheduler:
     def _budget(self, ready: list[Sequence]) -> int:
         """Tokens of the next step; fewer where answers grow.
 
-        How long such a step takes is a gap that everybody who reads an answer sees. Prompts get what
-        the answers leave, but half of it where those are many.
+        How long such a step takes is a gap that everybody who reads an answer sees. Prompts get
+        what the answers leave, but half of it where those are many.
         """
         growing = [sequence for sequence in ready if sequence.num_computed >= sequence.num_prompt]
         most = self._config.max_batch_tokens

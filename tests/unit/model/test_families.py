@@ -274,7 +274,7 @@ def test_bases_that_gpt_qmodel_writes_twice() -> None:
     layers = read(bare, rope_parameters=rope).layers
     assert (layers[0].attention.rope.theta, layers[5].attention.rope.theta) == (1e4, 1e6)
     for changed in ({"rope_theta": {"global": 1e6, "local": 2e4}}, {"rope_type": "linear"}):
-        with pytest.raises(UnsupportedModel, match="local|rope_type"):
+        with pytest.raises(UnsupportedModel, match=r"local|rope_type"):
             read(bare, rope_parameters=rope | changed)
 
 

@@ -203,7 +203,9 @@ class LayerWork:
         self._overlay.replaced[name] = value
         self._layer = None
         names = self.spec.names
-        if name not in {self.prefix + part + ".weight" for part in (names.gate, names.up, names.down)}:
+        if name not in {
+            self.prefix + part + ".weight" for part in (names.gate, names.up, names.down)
+        }:
             self._forget_middle()
 
     def round_inputs(self, rounding: Rounding) -> None:
@@ -219,8 +221,8 @@ class LayerWork:
     def observe(self, stream: Stream, points: Sequence[Point]) -> list[InputStatistics]:
         """Run the samples up to the last of `points`; statistics of the inputs of each.
 
-        For points behind the middle of the layer what the first half gives is kept on the disk until
-        that changes.
+        For points behind the middle of the layer, what the first half gives is kept on the disk
+        until that changes.
         """
         half = all(point.role in _FEED for point in points)
         source = self._halfway(stream) if half else stream

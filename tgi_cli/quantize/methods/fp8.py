@@ -46,7 +46,7 @@ class Fp8Grid:
 def fit(weight: Tensor) -> Fp8Grid:
     """Scales for [rows, columns] float32 that clip nothing, each with the least squared error.
 
-    Values too small for e4m3 to hold in full count as if it did; beside the others they are nothing.
+    Values too small for e4m3 to hold in full count as if it did: they are nothing beside others.
     """
     step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     return Fp8Grid(torch.cat([_fit_rows(part) for part in torch.split(weight, step)]))
