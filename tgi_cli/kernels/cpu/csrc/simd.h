@@ -28,6 +28,7 @@ constexpr int kLineVectors = 16 / kLanes;  // vectors in a cache line
 
 // Into the second-level cache: it has more misses in flight, and what is fetched is wanted much later.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the first-level cache
 
 // Calls call(std::integral_constant<int, n>{}) where 1 <= n <= kMost.
 template <int kMost, class Call>
