@@ -73,7 +73,7 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
   }
 }
 
-// Cuts panels into runs that get shorter: long ones stream through memory, short ones at the end let all
+// Cuts panels, or tiles of them, into runs that get shorter: long ones stream through memory, short ones at the end let all
 // threads end together. first[i] is where run i begins.
 struct PanelRuns {
   static constexpr int64_t kMost = 128;
@@ -98,10 +98,12 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
   if (g.m <= 0) return;
   const int64_t panels = (g.w.n + kPanel - 1) / kPanel;
   const int64_t row_blocks = (g.m + row_block - 1) / row_block;
-  if (g.m == 1 && group == 1) {  // bf16 panels are large: there short runs cost more than they give
-    const PanelRuns runs(panels, pool.size());
+  // bf16 panels are large: there short runs cost more than they give.
+  if (g.m == 1 && static_cast<Form>(g.w.form) != Form::kBf16) {
+    const PanelRuns runs((panels + group - 1) / group, pool.size());
     pool.parallel(runs.count, [&](int64_t item, int worker) {
-      block(0, 1, runs.first[item], runs.first[item + 1] - runs.first[item], worker);
+      const int64_t first = runs.first[item] * group, end = std::min(runs.first[item + 1] * group, panels);
+      block(0, 1, first, end - first, worker);
     });
     return;
   }
