@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 #: a core for milliseconds in a virtual machine whose host has to find it.
 _PAGE = 2 << 20
 #: Pages between the one that holds the newest block in use and the end of what is committed.
-_AHEAD = 2
+_AHEAD = 1
 
 
 class KVCache:
@@ -31,7 +31,7 @@ class KVCache:
     `kernels.kv_rows` says what a row holds in each dtype. Layers of one group use the same block
     ids; block 0 of each is the null block.
 
-    Memory is committed pages ahead of the blocks that are used for the first time, by a thread: a
+    Memory is committed a page ahead of the blocks that are used for the first time, by a thread: a
     step that had to wait for a new page of every tensor would be a gap for all who read. So would
     one beside which all are cleared, so that is spread: twice as fast as blocks fill what is there.
     """
