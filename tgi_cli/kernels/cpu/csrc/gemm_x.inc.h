@@ -169,10 +169,13 @@ struct TileSource {
   int64_t code_stride, panel_stride, tail_stride;  // between groups, panels' codes, panels' tails
 };
 
-// What it fetches meanwhile: `step` bytes on with each step, `tail` more with each group.
+// What it fetches meanwhile: `step` bytes on with each step, `tail` more with each group. Where it comes to
+// `end` of the first panel it goes on `jump` bytes later: in the tile behind this one.
 struct StreamAhead {
   const char* at;
   int64_t step, tail;
+  const char* end;
+  int64_t jump;
 };
 
 // kPanels panels' outputs, kVectors of each from vector `first` on, for kRows rows: into
@@ -206,6 +209,10 @@ __attribute__((noinline)) inline void stream_tile(const Stream& s, const TileSou
 #pragma GCC unroll 4
           for (int line = 0; line < 2; ++line) prefetch(ahead.at + source.tail_stride + line * 64);
         ahead.at += ahead.step;
+        if (ahead.at >= ahead.end) {
+          ahead.at += ahead.jump;
+          ahead.end = ahead.at + source.panel_stride;  // not again
+        }
         typename Kind::Vector code[kAll];
 #pragma GCC unroll 16
         for (int v = 0; v < kAll; ++v)
@@ -276,8 +283,8 @@ inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given
     const int64_t height = (rows + all - tile - 1) / (all - tile);
     source.x = given.x + row * given.ldx;
     source.sums = given.sums + row * s.groups;
-    StreamAhead ahead = {reinterpret_cast<const char*>(next), 0, 0};
-    if (more) ahead = {ahead.at + tile * share, step, 0};
+    StreamAhead ahead = {reinterpret_cast<const char*>(next), 0, 0, nullptr, 0};
+    if (more) ahead = {ahead.at + tile * share, step, 0, nullptr, 0};
     with_count<kMost>(height, [&](auto n) {
       stream_rows<Kind, decltype(n)::value, kPanels>(g, s, source, row, panel, ahead);
     });
@@ -304,8 +311,9 @@ __attribute__((noinline)) inline void decode_panel(const Stream& s, const uint8_
 // A few rows: one tile, which looks ahead in its own stream.
 template <class Kind>
 inline void stream_few(const Gemm& g, const Stream& s, const TileSource& source, int64_t panel, int64_t panels) {
-  const StreamAhead ahead = {reinterpret_cast<const char*>(source.codes) + kAheadBytes, Kind::kBytes,
-                             s.group_bytes - s.code_bytes};
+  const auto* codes = reinterpret_cast<const char*>(source.codes);
+  const StreamAhead ahead = {codes + kAheadBytes, Kind::kBytes, s.group_bytes - s.code_bytes,
+                             codes + source.panel_stride, (panels - 1) * source.panel_stride};
   with_count<kCodeRows>(g.m, [&](auto n) {
     constexpr int kRows = decltype(n)::value;
     if (panels == 1)
