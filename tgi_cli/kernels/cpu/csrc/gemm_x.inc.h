@@ -312,7 +312,7 @@ __attribute__((noinline)) inline void decode_panel(const Stream& s, const uint8_
 template <class Kind>
 inline void stream_few(const Gemm& g, const Stream& s, const TileSource& source, int64_t panel, int64_t panels) {
   const auto* codes = reinterpret_cast<const char*>(source.codes);
-  const StreamAhead ahead = {codes + kAheadBytes, Kind::kBytes, s.group_bytes - s.code_bytes,
+  const StreamAhead ahead = {codes + kAheadBytes * 3 / 2, Kind::kBytes, s.group_bytes - s.code_bytes,
                              codes + source.panel_stride, (panels - 1) * source.panel_stride};
   with_count<kCodeRows>(g.m, [&](auto n) {
     constexpr int kRows = decltype(n)::value;
