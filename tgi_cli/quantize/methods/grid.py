@@ -16,6 +16,7 @@ from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 #: Fractions of a group's range that `fit` tries: weights beyond are clipped.
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))
 _CHUNK_ELEMENTS = 1 << 18  # rows are searched in parts that stay in the cache
+_WHOLE = 512  # inputs of a group from which on only their energies count: the rest is cubic work
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ def fit(
         scale_dtype: scales are rounded to it first, so that codes are chosen for what is stored.
         moments: second moments of the inputs, [columns, columns]. With them the range of each
             group is shrunk by the factor of `shrinks` that changes the group's own part of the
-            output least; without them it spans the weights' extremes.
+            output least (of large groups, as if inputs were independent); without them it spans
+            the weights' extremes.
         shrinks: what to try.
     """
     rows, columns = weight.shape
@@ -87,7 +89,10 @@ def fit(
     blocks = None
     if moments is not None:
         cut = moments.view(columns // size, size, columns // size, size)
-        blocks = cut.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [groups, size, size]
+        if size >= _WHOLE:
+            blocks = moments.diagonal().view(columns // size, size)
+        else:
+            blocks = cut.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     step = max(1, _CHUNK_ELEMENTS // columns)
     parts = [
         _fit_rows(part, bits, symmetric, scale_dtype, blocks, shrinks)
@@ -142,9 +147,12 @@ def _codes(groups: Tensor, scales: Tensor, zeros: Tensor, highest: int) -> Tenso
 def _loss(groups: Tensor, scales: Tensor, zeros: Tensor, highest: int, blocks: Tensor) -> Tensor:
     """How much rounding moves each group's part of the output, squared and summed: [rows, groups].
 
-    With inputs x that have moments `blocks` = sum of x xT this is dT blocks d for difference d.
+    With inputs x that have moments `blocks` = sum of x xT this is dT blocks d for difference d;
+    `blocks` is [groups, size, size], or [groups, size] for the diagonals alone.
     """
     codes = _codes(groups, scales, zeros, highest)
     moved = codes.sub_(zeros.unsqueeze(2)).mul_(scales.unsqueeze(2)).sub_(groups)
+    if blocks.dim() == 2:
+        return torch.einsum("rgi,gi->rg", moved.square_(), blocks)
     by_group = moved.transpose(0, 1)  # [groups, rows, size]
     return ((by_group @ blocks) * by_group).sum(2).transpose(0, 1)
