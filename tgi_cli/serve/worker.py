@@ -222,6 +222,11 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
     start = msgspec.msgpack.decode(data, type=WorkerStart)
     logs.configure(start.config.log_level, json_logs=start.config.json_logs)
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
+    if start.config.http_workers == 1:
+        # The kernels of a step want every core: a token that is sent while they run waits for a
+        # moment in which one sleeps, and interrupts none. Several workers would no longer share
+        # connections evenly: who wakes first would get them all.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     ledger = Ledger(ledger_fd, start.index, start.config.http_workers)
     await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
 
@@ -243,9 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--ledger-fd", type=int, help="without it, the only worker")
     options = parser.parse_args(arguments)
-    # The kernels of a step want every core: a token that is sent while they run waits for a moment
-    # in which one sleeps, and interrupts none.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     uvloop.run(_run(options.control_fd, options.listen_fd, options.ledger_fd))
 
