@@ -10,7 +10,7 @@ from tgi_cli.errors import CheckpointError
 from tgi_cli.quantize.methods import fp8
 from tgi_cli.quantize.methods.gptq import solve
 from tgi_cli.quantize.methods.grid import Grid, fit
-from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
+from tgi_cli.quantize.methods.statistics import _BLOCK, InputStatistics, output_error
 
 ROWS, COLUMNS, GROUP = 24, 160, 32
 
@@ -106,6 +106,15 @@ def test_numbers_that_are_not_finite_are_refused(broken: str) -> None:
     (weight if broken == "weight" else moments)[0, 0] = torch.inf
     with pytest.raises(CheckpointError, match="not finite"):
         solve(weight, moments, grid)
+
+
+def test_moments_of_more_columns_than_are_added_together() -> None:
+    rows = torch.randn(64, 2 * _BLOCK + 10, generator=torch.Generator().manual_seed(0))
+    seen = InputStatistics(rows.shape[1], torch.device("cpu"))
+    for part in rows.split(40):
+        seen.add(part)
+        assert torch.equal(seen.moments, seen.moments.T)  # and may be asked for between
+    torch.testing.assert_close(seen.moments, rows.T @ rows, rtol=1e-4, atol=1e-3)
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:

@@ -75,3 +75,20 @@ def test_fp8_keeps_three_bits_of_mantissa() -> None:
     assert errors[0].sum() < 0.97 * errors[1].sum()
     steps = WEIGHT.abs().clamp(min=2**-6 * WEIGHT.abs().amax(1, keepdim=True) / 448)
     assert ((values - WEIGHT).abs() <= 2**-4 * steps * 1.001).all()
+
+
+def test_whole_rows_are_searched_by_energies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 600, generator=generator) ** 3
+    moments = torch.diag(torch.rand(600, generator=generator) ** 4 + 0.01)
+
+    def scales() -> torch.Tensor:
+        options = {"symmetric": True, "scale_dtype": torch.float16, "moments": moments}
+        return fit(weight, 4, -1, **options).scales
+
+    searched = scales()
+    assert not torch.equal(
+        searched, fit(weight, 4, -1, symmetric=True, scale_dtype=torch.float16).scales
+    )
+    monkeypatch.setattr("tgi_cli.quantize.methods.grid._WHOLE", 601)  # all of the moments
+    torch.testing.assert_close(searched, scales())

@@ -45,7 +45,7 @@ class KVCache:
         self._newest: list[int] = []  # the highest block of each group in use so far
         self._parts: deque[Tensor] = deque()  # to be committed
         self._allowed = float("inf")  # how many of them by now; all that the first blocks ask for
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # of the three
         self._thread: threading.Thread | None = None
         for group, planned in zip(spec.kv_groups, plan.groups, strict=True):
             for layer in group.layers:
@@ -79,29 +79,29 @@ class KVCache:
             if first < end:
                 self._committed[group] = end
                 wanted += [tensor[first:end] for tensor in tensors]
-        with self._changed:
+        with self._lock:
             if not (self._parts or wanted):
                 return
             self._parts += wanted
             self._allowed += earned
-            self._changed.notify()
-            if self._thread is None:
+            if self._allowed >= 1 and self._thread is None:
                 self._thread = threading.Thread(target=self._commit, name="tgi-kv", daemon=True)
                 self._thread.start()
 
     def _commit(self) -> None:
-        """Until everything wanted is there."""
+        """As much of what is wanted as is allowed by now."""
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._parts or self._allowed >= 1)
+            with self._lock:
                 if not self._parts:
-                    self._allowed, self._thread = 0.0, None
+                    self._allowed = 0.0
+                if self._allowed < 1:
+                    self._thread = None
                     return
                 part = self._parts.popleft()
                 self._allowed -= 1
             if not self._backend.commit(part):
                 log.info("memory of the KV cache is not committed ahead: the system refuses it")
-                with self._changed:
+                with self._lock:
                     self._can_commit = False
                     self._parts.clear()
 

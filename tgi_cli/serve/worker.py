@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -225,8 +226,9 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
     if start.config.http_workers == 1:
         # The kernels of a step want every core: a token that is sent while they run waits for a
         # moment in which one sleeps, and interrupts none. Several workers would no longer share
-        # connections evenly: who wakes first would get them all.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        # connections evenly: who wakes first would get them all. A sandbox may refuse; it serves.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     ledger = Ledger(ledger_fd, start.index, start.config.http_workers)
     await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +40,9 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return condition()
 
 
-def thread_of(cache: KVCache) -> bool:
-    """Whether its thread has work."""
-    return any(thread.name == "tgi-kv" for thread in threading.enumerate())
+def rests(cache: KVCache) -> bool:
+    """Whether no thread of it works; one that waited for work would keep the cache alive."""
+    return cache._thread is None
 
 
 #: Two layers of keys and values.
@@ -66,30 +65,28 @@ def test_a_page_more_is_there_from_the_first_block_on_and_the_next_as_blocks_fil
         return (resident(keys) - start + SLACK) / (2 << 20)
 
     cache.use([[1, 2]])
-    assert until(lambda: not thread_of(cache))
+    assert until(lambda: rests(cache))
     assert TENSORS <= pages() < TENSORS + 1
     cache.use([[PAGE - 1]])  # the same page
     cache.use([[]])
-    assert not thread_of(cache)
+    assert rests(cache)
     cache.use([[PAGE, 3]])  # asks for one page of each, and has filled next to none of it
-    assert until(lambda: not cache._allowed >= 1)
-    time.sleep(0.2)
-    assert thread_of(cache)
+    assert until(lambda: rests(cache))
+    assert len(cache._parts) == TENSORS
     assert TENSORS <= pages() < TENSORS + 1
     cache.use([[PAGE + PAGE // 4]])  # a quarter earns half of them
-    assert until(lambda: pages() >= TENSORS + TENSORS // 2)
-    time.sleep(0.2)
-    assert pages() < TENSORS + TENSORS // 2 + 1
+    assert until(lambda: rests(cache))
+    assert TENSORS + TENSORS // 2 <= pages() < TENSORS + TENSORS // 2 + 1
     cache.use([[PAGE + PAGE // 2]])
-    assert until(lambda: not thread_of(cache))
+    assert until(lambda: rests(cache))
     assert 2 * TENSORS <= pages() < 2 * TENSORS + 1
     cache.use([[6 * PAGE - 1]])
-    assert until(lambda: not thread_of(cache))
+    assert until(lambda: rests(cache))
     # What lies before a block that came out of turn is left to its first write, and nothing is past
     # the end; nothing was written.
     assert 3 * TENSORS <= pages() < 3 * TENSORS + 1
     cache.use([[6 * PAGE - 1]])
-    assert not thread_of(cache)
+    assert rests(cache)
     assert not keys.any()
 
 
@@ -104,7 +101,7 @@ def test_a_system_that_cannot_is_asked_once(
     monkeypatch.setattr("tgi_cli.kernels.cpu.huge_pages._POPULATE_WRITE", 12345)  # no such advice
     with caplog.at_level(logging.INFO):
         cache.use([[PAGE]])
-        assert until(lambda: not thread_of(cache))
+        assert until(lambda: rests(cache))
         cache.use([[3 * PAGE]])
-        assert not thread_of(cache)
+        assert rests(cache)
     assert caplog.text.count("not committed ahead") == 1

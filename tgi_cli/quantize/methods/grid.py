@@ -88,10 +88,10 @@ def fit(
     groups = weight.reshape(rows, columns // size, size)
     blocks = None
     if moments is not None:
-        cut = moments.view(columns // size, size, columns // size, size)
         if size >= _WHOLE:
             blocks = moments.diagonal().view(columns // size, size)
         else:
+            cut = moments.view(columns // size, size, columns // size, size)
             blocks = cut.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     step = max(1, _CHUNK_ELEMENTS // columns)
     parts = [

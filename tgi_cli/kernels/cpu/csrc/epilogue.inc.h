@@ -73,8 +73,8 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
   }
 }
 
-// Cuts panels, or tiles of them, into runs that get shorter: long ones stream through memory, short ones at the end let all
-// threads end together. first[i] is where run i begins.
+// Cuts panels, or tiles of them, into runs that get shorter: long ones stream through memory, short ones
+// at the end let all threads end together. first[i] is where run i begins.
 struct PanelRuns {
   static constexpr int64_t kMost = 128;
   int64_t first[kMost + 1];
