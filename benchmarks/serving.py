@@ -22,6 +22,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +126,12 @@ def main() -> None:
     parser.add_argument("--transformers", help="the program, of `transformers[serving]`")
     parser.add_argument("--workload", action="append", help="only these, by name")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="only these")
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=5,
+        help="seconds to leave each server alone when it is ready",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console(width=150)
@@ -141,6 +148,7 @@ def main() -> None:
                 continue
             with server.running(logs / f"{index}.log") as (url, seconds):
                 ready.setdefault(server.title, []).append(seconds)
+                time.sleep(options.settle)
                 for workload in mine:
                     if workload.name not in texts:
                         texts[workload.name] = calibrated(url, server, workload)

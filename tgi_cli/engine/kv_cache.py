@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -21,8 +23,14 @@ log = logging.getLogger(__name__)
 #: Bytes of each tensor that are committed together: a huge page of most systems. Clearing one takes
 #: a core for milliseconds in a virtual machine whose host has to find it.
 _PAGE = 2 << 20
-#: Pages between the one that holds the newest block in use and the end of what is committed.
+#: Pages between the one that holds the newest block in use and the end of what is committed, while
+#: steps run.
 _AHEAD = 1
+#: Bytes of all tensors together to have ahead of the newest block when the engine rests; no more
+#: than this part of the memory that was free when the cache was planned.
+_SPARE_BYTES, _SPARE_PART = 1 << 30, 16
+#: Seconds without a step after which the engine rests.
+_REST = 0.05
 
 
 class KVCache:
@@ -31,9 +39,11 @@ class KVCache:
     `kernels.kv_rows` says what a row holds in each dtype. Layers of one group use the same block
     ids; block 0 of each is the null block.
 
-    Memory is committed a page ahead of the blocks that are used for the first time, by a thread: a
-    step that had to wait for a new page of every tensor would be a gap for all who read. So would
-    one beside which all are cleared, so that is spread: twice as fast as blocks fill what is there.
+    Memory is committed ahead of the blocks that are used for the first time, by a thread: a step
+    that had to wait for a new page of every tensor would be a gap for all who read. While the
+    engine rests as much is committed as busy minutes need. While steps run only a page ahead, and
+    spread, twice as fast as blocks fill what is there: a step beside which all are cleared would be
+    a gap too.
     """
 
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:
@@ -44,9 +54,11 @@ class KVCache:
         self._committed: list[int] = []  # blocks of each group that are there, or will be
         self._newest: list[int] = []  # the highest block of each group in use so far
         self._parts: deque[Tensor] = deque()  # to be committed
-        self._allowed = float("inf")  # how many of them by now; all that the first blocks ask for
-        self._lock = threading.Lock()  # of the three
+        self._allowed = 0.0  # how many of them by now, while steps run
+        self._lock = threading.Lock()  # of all that the thread sees
+        self._more = threading.Event()  # parts were added or allowed
         self._thread: threading.Thread | None = None
+        self._rests_since = float("inf")  # monotonic seconds; infinite while a step runs
         for group, planned in zip(spec.kv_groups, plan.groups, strict=True):
             for layer in group.layers:
                 layers[layer] = backend.allocate_kv(
@@ -60,55 +72,121 @@ class KVCache:
             self._groups.append(tensors)
             self._committed.append(min(len(tensors[0]), _blocks_of_page(tensors[0])))
             self._newest.append(0)
+        page = sum(len(tensors) for tensors in self._groups) * _PAGE
+        self._spare = min(_SPARE_BYTES, plan.free_bytes // _SPARE_PART) // page  # in pages
         self.layers = tuple(layers[index] for index in range(len(spec.layers)))
 
     def use(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Take note of blocks of each group that are about to be written."""
-        wanted: list[Tensor] = []
         earned = 0.0
-        for group, ids in enumerate(block_ids):
-            newest = self._newest[group]
-            if not ids or not self._can_commit or max(ids) <= newest:
-                continue
-            tensors, total = self._groups[group], len(self._groups[group][0])
-            page = _blocks_of_page(tensors[0])
-            earned += 2 * len(tensors) * (max(ids) - newest) / page
-            newest = self._newest[group] = max(ids)
-            end = min(total, (newest // page + 1 + _AHEAD) * page)
-            first = max(self._committed[group], newest // page * page)
-            if first < end:
-                self._committed[group] = end
-                wanted += [tensor[first:end] for tensor in tensors]
         with self._lock:
-            if not (self._parts or wanted):
+            for group, ids in enumerate(block_ids):
+                newest = self._newest[group]
+                if not ids or not self._can_commit or max(ids) <= newest:
+                    continue
+                self._newest[group] = max(ids)
+                tensors = self._groups[group]
+                earned += 2 * len(tensors) * (max(ids) - newest) / _blocks_of_page(tensors[0])
+                self._want(group, self._end(group, _AHEAD))
+            if not self._parts:
                 return
-            self._parts += wanted
             self._allowed += earned
-            if self._allowed >= 1 and self._thread is None:
-                self._thread = threading.Thread(target=self._commit, name="tgi-kv", daemon=True)
-                self._thread.start()
+        self._start()
 
-    def _commit(self) -> None:
-        """As much of what is wanted as is allowed by now."""
-        while True:
+    def begin(self) -> None:
+        """A step runs from now on."""
+        self._rests_since = float("inf")
+
+    def rest(self) -> None:
+        """No step runs from now on."""
+        self._rests_since = time.monotonic()
+        if self._thread is None and self._can_commit:
             with self._lock:
-                if not self._parts:
-                    self._allowed = 0.0
-                if self._allowed < 1:
-                    self._thread = None
-                    return
-                part = self._parts.popleft()
-                self._allowed -= 1
-            if not self._backend.commit(part):
-                log.info("memory of the KV cache is not committed ahead: the system refuses it")
-                with self._lock:
-                    self._can_commit = False
-                    self._parts.clear()
+                wanted = self._wants_spare()
+            if wanted:
+                self._start()
 
     @property
     def nbytes(self) -> int:
         """Memory of all layers, touched or not."""
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+    def _end(self, group: int, ahead: int) -> int:
+        """Blocks up to `ahead` pages behind the one that holds the newest, or all there are."""
+        tensor = self._groups[group][0]
+        page = _blocks_of_page(tensor)
+        return min(len(tensor), (self._newest[group] // page + 1 + ahead) * page)
+
+    def _want(self, group: int, end: int) -> None:
+        """Have blocks of a group committed, from the newest's page on, up to `end`."""
+        tensors = self._groups[group]
+        page = _blocks_of_page(tensors[0])
+        first = max(self._committed[group], self._newest[group] // page * page)
+        if first < end:
+            self._committed[group] = end
+            self._parts += [tensor[first:end] for tensor in tensors]
+
+    def _wants_spare(self) -> bool:
+        return bool(self._parts) or any(
+            self._committed[group] < self._end(group, self._spare)
+            for group in range(len(self._groups))
+        )
+
+    def _start(self) -> None:
+        """Let the thread know, or start it."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_commit, args=(weakref.ref(self), self._more), name="tgi-kv", daemon=True
+                )
+                self._thread.start()
+        self._more.set()
+
+    def _next(self) -> Tensor | None:
+        """What to commit now."""
+        with self._lock:
+            rests = time.monotonic() - self._rests_since >= _REST
+            if rests and not self._parts:
+                for group in range(len(self._groups)):
+                    page = _blocks_of_page(self._groups[group][0])
+                    end = min(self._end(group, self._spare), self._committed[group] + page)
+                    self._want(group, end)
+            if not self._parts:
+                self._allowed = 0.0
+                return None
+            if not rests and self._allowed < 1:
+                return None
+            self._allowed = max(0.0, self._allowed - 1)
+            return self._parts.popleft()
+
+    def _ends(self) -> bool:
+        """Whether the thread, which has nothing to commit now, is to end."""
+        with self._lock:
+            if self._can_commit and self._wants_spare():
+                return False
+            self._thread = None
+            return True
+
+    def _refused(self) -> None:
+        log.info("memory of the KV cache is not committed ahead: the system refuses it")
+        with self._lock:
+            self._can_commit = False
+            self._parts.clear()
+
+
+def _commit(reference: weakref.ref[KVCache], more: threading.Event) -> None:
+    """The thread. It keeps no cache alive: one whose engine is closed goes, and so does this."""
+    while (cache := reference()) is not None:
+        more.clear()
+        part = cache._next()
+        if part is None:
+            if cache._ends():
+                return
+            del cache
+            more.wait(_REST)
+        elif not cache._backend.commit(part):
+            cache._refused()
+        part = None
 
 
 def _blocks_of_page(tensor: Tensor) -> int:

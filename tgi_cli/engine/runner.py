@@ -150,8 +150,10 @@ class ModelRunner:
 
     def run(self, step: Step) -> None:
         """Compute an admitted step, up to its logits."""
+        self._kv_cache.begin()
         with self._mode():
             self._run(step)
+        self._kv_cache.rest()
 
     def collect(self) -> StepOutput:
         """Draw the tokens of the oldest submitted step and add them to the rows."""

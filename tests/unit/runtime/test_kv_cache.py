@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.unit.runtime.test_memory_plan import planned
-from tgi_cli.engine.kv_cache import KVCache
+from tgi_cli.engine.kv_cache import _PAGE, _REST, KVCache
 from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import open_checkpoint
 
 #: A block of the tiny model: 16 tokens, 2 heads of 16, float32; so many are in 2 MiB.
-PAGE = (2 << 20) // (16 * 2 * 16 * 4)
+PAGE = _PAGE // (16 * 2 * 16 * 4)
 
 
 def resident(tensor: torch.Tensor) -> int:
-    """Bytes in memory of the mapping that the tensor lies in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, _, _ = line.partition(" ")
-        if "-" in first and not first.endswith(":"):
-            start, end = (int(bound, 16) for bound in first.split("-"))
-            inside = start <= tensor.data_ptr() < end
-        elif inside and first == "Rss:":
-            return int(line.split()[1]) * 1024
-    raise AssertionError("the tensor is in no mapping")
+    """Bytes of a tensor that are in memory, the pages of 4 KiB at its ends included."""
+    libc = ctypes.CDLL(None)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    first = tensor.data_ptr() // 4096 * 4096
+    size = tensor.data_ptr() + tensor.nbytes - first
+    pages = ctypes.create_string_buffer(-(-size // 4096))
+    assert libc.mincore(first, size, pages) == 0
+    return 4096 * sum(page & 1 for page in pages.raw)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
@@ -40,54 +41,104 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return condition()
 
 
-def rests(cache: KVCache) -> bool:
-    """Whether no thread of it works; one that waited for work would keep the cache alive."""
-    return cache._thread is None
-
-
 #: Two layers of keys and values.
 TENSORS = 4
-SLACK = 64 << 10
 
 
-def test_a_page_more_is_there_from_the_first_block_on_and_the_next_as_blocks_fill_it(
+class Pages:
+    """A cache of `num_pages` pages a tensor, and how many of all tensors are in memory by now."""
+
+    def __init__(self, path: Path, num_pages: int) -> None:
+        plan = planned(path, kv_cache_tokens=16 * (num_pages * PAGE - 1))
+        self.cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
+        self.tensors = [tensor for layer in self.cache.layers for tensor in layer]
+        assert len(self.tensors) == TENSORS
+        assert len(self.tensors[0]) == num_pages * PAGE
+
+    def count(self) -> float:
+        return sum(map(resident, self.tensors)) / _PAGE
+
+    def become(self, count: int) -> bool:
+        """Whether so many are there soon, and no more a while later."""
+        if not until(lambda: self.count() >= count):
+            return False
+        time.sleep(4 * _REST)
+        # A huge page of the system may begin before a tensor's own or end behind it.
+        return count <= self.count() < count + 1
+
+
+def test_while_steps_run_a_page_is_committed_ahead_as_blocks_fill(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    pages = Pages(tiny_checkpoint("llama"), 6)
+    cache = pages.cache
+    cache.begin()
+    cache.use([[1, 2]])  # asks for one page of each tensor, and has filled next to none of it
+    assert pages.become(0)
+    cache.use([[PAGE // 4]])  # a quarter earns half of them
+    assert pages.become(TENSORS // 2)
+    cache.use([[PAGE // 8, 1]])  # not new
+    cache.use([[]])
+    assert pages.become(TENSORS // 2)
+    cache.use([[PAGE // 2, PAGE // 2 + 1]])
+    assert pages.become(TENSORS)
+    cache.use([[PAGE - 1]])  # the same page
+    assert pages.become(TENSORS)
+    cache.use([[6 * PAGE - 1]])
+    # What lies before a block that came out of turn is left to its first write, and nothing is past
+    # the end; nothing was written.
+    assert pages.become(2 * TENSORS)
+    assert not any(tensor.any() for tensor in pages.tensors)
+
+
+def test_an_engine_that_rests_commits_what_busy_minutes_need(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_cli.engine.kv_cache._SPARE_BYTES", 3 * TENSORS * _PAGE)
+    pages = Pages(tiny_checkpoint("llama"), 9)
+    cache = pages.cache
+    assert pages.become(0)  # no step has run, so nothing says that it rests
+    cache.begin()
+    cache.use([[1]])
+    cache.rest()
+    assert pages.become(3 * TENSORS)
+    assert cache._thread is None
+    cache.begin()
+    cache.use([[PAGE]])
+    assert pages.become(3 * TENSORS)  # is ahead of that
+    cache.rest()
+    cache.begin()
+    assert pages.become(3 * TENSORS)  # rested too short
+    cache.rest()
+    assert pages.become(4 * TENSORS)
+    cache.begin()
+    cache.use([[7 * PAGE]])
+    cache.rest()
+    assert pages.become(6 * TENSORS)  # up to the end, from the page of that block on
+
+
+def test_the_spare_memory_of_a_small_machine_is_small(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     path = tiny_checkpoint("llama")
-    plan = planned(path, kv_cache_tokens=16 * (6 * PAGE - 1))
+    plan = planned(path, kv_cache_tokens=16 * (4 * PAGE - 1))
+    plan = replace(plan, free_bytes=16 * (2 * TENSORS + 1) * _PAGE)
     cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
-    keys = cache.layers[0][0]
-    assert len(keys) == 6 * PAGE
-    start = resident(keys)
+    assert cache._spare == 2
 
-    def pages() -> float:
-        """Committed so far, of all tensors together."""
-        return (resident(keys) - start + SLACK) / (2 << 20)
 
-    cache.use([[1, 2]])
-    assert until(lambda: rests(cache))
-    assert TENSORS <= pages() < TENSORS + 1
-    cache.use([[PAGE - 1]])  # the same page
-    cache.use([[]])
-    assert rests(cache)
-    cache.use([[PAGE, 3]])  # asks for one page of each, and has filled next to none of it
-    assert until(lambda: rests(cache))
-    assert len(cache._parts) == TENSORS
-    assert TENSORS <= pages() < TENSORS + 1
-    cache.use([[PAGE + PAGE // 4]])  # a quarter earns half of them
-    assert until(lambda: rests(cache))
-    assert TENSORS + TENSORS // 2 <= pages() < TENSORS + TENSORS // 2 + 1
-    cache.use([[PAGE + PAGE // 2]])
-    assert until(lambda: rests(cache))
-    assert 2 * TENSORS <= pages() < 2 * TENSORS + 1
-    cache.use([[6 * PAGE - 1]])
-    assert until(lambda: rests(cache))
-    # What lies before a block that came out of turn is left to its first write, and nothing is past
-    # the end; nothing was written.
-    assert 3 * TENSORS <= pages() < 3 * TENSORS + 1
-    cache.use([[6 * PAGE - 1]])
-    assert rests(cache)
-    assert not keys.any()
+def test_a_cache_goes_with_its_engine(tiny_checkpoint: Callable[..., Path]) -> None:
+    pages = Pages(tiny_checkpoint("llama"), 6)
+    pages.cache.begin()
+    pages.cache.use([[1]])  # asks for what it has not earned: the thread waits
+    thread = pages.cache._thread
+    assert thread is not None
+    assert thread.is_alive()
+    gone = weakref.ref(pages.cache)
+    del pages
+    thread.join(20)
+    assert not thread.is_alive()
+    assert gone() is None
 
 
 def test_a_system_that_cannot_is_asked_once(
@@ -95,13 +146,14 @@ def test_a_system_that_cannot_is_asked_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    path = tiny_checkpoint("llama")
-    plan = planned(path, kv_cache_tokens=16 * (4 * PAGE - 1))
-    cache = KVCache(select("cpu"), open_checkpoint(str(path)).spec, plan)
+    cache = Pages(tiny_checkpoint("llama"), 4).cache
     monkeypatch.setattr("tgi_cli.kernels.cpu.huge_pages._POPULATE_WRITE", 12345)  # no such advice
     with caplog.at_level(logging.INFO):
+        cache.begin()
         cache.use([[PAGE]])
-        assert until(lambda: rests(cache))
+        cache.rest()
+        assert until(lambda: cache._thread is None)
         cache.use([[3 * PAGE]])
-        assert rests(cache)
+        cache.rest()
+        assert cache._thread is None
     assert caplog.text.count("not committed ahead") == 1
