@@ -50,7 +50,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     max_num_seqs: int = 64
     max_batch_tokens: int = 512  # one budget per step for prompts and decodes together
-    max_mixed_tokens: int = 168  # the same where answers grow; prompts get half of it at the least
+    max_mixed_tokens: int = 160  # the same where answers grow; prompts get half of it at the least
     max_waiting: int = 4096  # a second line of defence; the front door bounds the queue first
 
 
