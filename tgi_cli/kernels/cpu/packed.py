@@ -29,6 +29,7 @@ from tgi_cli.kernels.grouped import (
     INT8,
     INT8_HALF_GROUPS,
     INT8_MINIMUM_FLOAT,
+    MXFP4,
     Grouped,
     GroupedRows,
     GroupScheme,
@@ -43,6 +44,7 @@ FORMS = {
     INT4_MINIMUM_FLOAT: 5,
     INT8_MINIMUM_FLOAT: 6,
     INT8_HALF_GROUPS: 7,
+    MXFP4: 16,
 }
 #: Wide forms, by codes, bits and whether there are minima.
 _WIDE = {

@@ -50,11 +50,11 @@ struct Stream {
   int64_t groups, parts, inputs;   // of a row, of a group, of a part
   int64_t group_bytes, code_bytes; // of a panel's group
   int64_t scale_bytes;             // of a panel's scales of one part
-  bool half, minimum;
+  Scale scale;
+  bool minimum;
 
   vf scales(const uint8_t* tail, int vector) const {
-    if (half) return load_half(reinterpret_cast<const uint16_t*>(tail) + vector * kLanes);
-    return load(reinterpret_cast<const float*>(tail) + vector * kLanes);
+    return load_scales(scale, tail + vector * kLanes * scale_size(scale));
   }
 };
 
@@ -62,7 +62,7 @@ template <class G>
 inline Stream stream_of(const Matrix& w, G) {
   const int64_t runs = G::runs(w), bytes = runs * G::kCodeBytes;
   return {&kTableOf<G>,         static_cast<float>(G::kZero), w.k / kRun / runs, G::kParts, runs * kRun / G::kParts,
-          bytes + G::kTailBytes, bytes,                        G::kScaleBytes,    G::kScaleBytes == kPanel * 2, G::kMinimum};
+          bytes + G::kTailBytes, bytes,                        G::kScaleBytes,    G::kScale, G::kMinimum};
 }
 
 // Kinds of codes. A step is kBytes, of all outputs of a panel, and gives kPairs pairs of inputs for each.
