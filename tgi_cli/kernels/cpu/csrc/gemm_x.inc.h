@@ -116,8 +116,10 @@ inline constexpr FloatBytes kFloatBytes = float_bytes();
 struct TableFloatCodes : PackedCodes {  // E4M3 where tables hold 128 bytes
   static constexpr int kPairs = 2;
   ByteTable table;
+  using Vector = FoundBytes;
   explicit TableFloatCodes(const Stream&) : table(make_byte_table(kFloatBytes.bytes)) {}
-  vi pair(vi codes, int i) const { return signed_pair(table, codes, i); }
+  Vector load(const uint8_t* at, int vector) const { return look_up(table, PackedCodes::load(at, vector)); }
+  vi pair(Vector found, int i) const { return unpack(found.low, found.high, i); }
 };
 #endif
 

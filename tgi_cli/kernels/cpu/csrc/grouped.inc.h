@@ -5,7 +5,8 @@
 // one for each 16 inputs), 32 minima if the form has them. A group is one run, or in wide forms as many
 // as `Matrix::group` says. A run of 8-bit codes: [8 times 4 inputs][32 outputs][4]; of 4-bit codes:
 // [4 times 8 inputs][32 outputs][4], the first four inputs in the low halves of the bytes, the others
-// above.
+// above. Of E4M3 four outputs' bytes lie by pairs of inputs, [first and third, second and fourth][4
+// outputs][2]: so bytes of a pair become words by unpacking, without shifts.
 
 constexpr int kRun = 32;
 
@@ -65,6 +66,13 @@ struct Grouped {
     return codes(w, panel, run / each * each) + each * kCodeBytes;
   }
 
+  // Where in a run an input's byte lies.
+  static int64_t place(int64_t output, int64_t input) {
+    const int64_t four = input / (kBits == 8 ? 4 : 8) * kPanel * 4, i = input % 4;
+    if (kCodes == Codes::kE4m3) return four + output / 4 * 16 + i % 2 * 8 + output % 4 * 2 + i / 2;
+    return four + output * 4 + i;
+  }
+
   static vf scales(const uint8_t* tail, int row, int output) {  // kLanes of them
     return load_scales(kScale, tail + row * kScaleBytes + output * scale_size(kScale));
   }
@@ -111,7 +119,7 @@ inline void decode_row(const Matrix& w, int64_t output, float factor, float* out
   const int64_t panel = output / kPanel, column = output % kPanel;
   const int first = static_cast<int>(column) / kLanes * kLanes, lane = static_cast<int>(column) % kLanes;
   for (int64_t run = 0; run < w.k / kRun; ++run, out += kRun) {
-    const uint8_t* at = G::codes(w, panel, run) + column * 4;
+    const uint8_t* at = G::codes(w, panel, run);
     const uint8_t* tail = G::tail(w, panel, run);
     float scales[G::kParts + 1];  // and the minimum
     for (int i = 0; i < G::kParts + (G::kMinimum ? 1 : 0); ++i) {
@@ -120,9 +128,10 @@ inline void decode_row(const Matrix& w, int64_t output, float factor, float* out
       scales[i] = all[lane];
     }
     int32_t codes[kRun];
-    for (int i = 0; i < kRun; ++i)
-      codes[i] = G::kBits == 8 ? at[i / 4 * kPanel * 4 + i % 4]
-                               : at[i / 8 * kPanel * 4 + i % 4] >> (i % 8 < 4 ? 0 : 4) & 15;
+    for (int i = 0; i < kRun; ++i) {
+      const int byte = at[G::place(column, i)];
+      codes[i] = G::kBits == 8 ? byte : byte >> (i % 8 < 4 ? 0 : 4) & 15;
+    }
     for (int i = 0; i < kRun; i += kLanes) {
       vf value = mul(G::values(load_pairs(codes + i)), set1(scales[i * G::kParts / kRun]));
       if (G::kMinimum) value = add(value, set1(scales[G::kParts]));
@@ -145,11 +154,11 @@ inline void pack_panels(const PackGrouped& a, G) {
       auto* to = const_cast<uint8_t*>(G::codes(a.w, n / kPanel, run));
       const uint8_t* codes = a.codes + n * a.w.k + run * kRun;
       for (int64_t i = 0; i < kRun; i += 4) {
-        if (G::kBits == 8) {
-          std::memcpy(to + (i / 4 * kPanel + j) * 4, codes + i, 4);
+        if (G::kBits == 8 && G::kCodes == Codes::kInteger) {
+          std::memcpy(to + G::place(j, i), codes + i, 4);
         } else {
-          uint8_t* at = to + (i / 8 * kPanel + j) * 4;
-          for (int64_t b = 0; b < 4; ++b) at[b] |= static_cast<uint8_t>(codes[i + b] << (i % 8));
+          const int64_t shift = G::kBits == 8 ? 0 : i % 8;
+          for (int64_t b = i; b < i + 4; ++b) to[G::place(j, b)] |= static_cast<uint8_t>(codes[b] << shift);
         }
       }
     }
