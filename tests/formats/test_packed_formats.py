@@ -18,12 +18,13 @@ from tests.golden.paged import Paged, paged
 from tgi_cli.errors import CheckpointError, TgiError, UnsupportedModel, UsageError
 from tgi_cli.kernels.backend import select
 from tgi_cli.kernels.cpu import library
-from tgi_cli.kernels.grouped import INT4, INT8, GroupScheme, wide
+from tgi_cli.kernels.grouped import INT4, INT8, MXFP4, GroupScheme, wide
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.model.decoder import Decoder
 from tgi_cli.quantize.formats.base import WHOLE, Shard
 from tgi_cli.quantize.formats.dense import DenseWeight
 from tgi_cli.quantize.formats.packed import GroupedWeight
+from tgi_cli.quantize.formats.table import TableMatrix
 
 NATIVE = library.load() is not None
 TOKENS = torch.randint(3, 512, (48,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -223,7 +224,7 @@ def test_groups_of_unequal_sizes_are_decoded(tmp_path: Path) -> None:
         ("awq-128", wide(4, 128, minimum=True), INT4, 1.0),
         ("gptq-8", INT8, INT8, 1.0),
         ("fp8-block", wide(8, 128, codes="e4m3"), INT8, 0.98),
-        ("mxfp4", wide(4, 32, codes="e2m1"), INT4, 1.12),
+        ("mxfp4", MXFP4, INT4, 1.0),
     ],
 )
 def test_formats_meet_in_the_layouts_of_gguf(
@@ -235,6 +236,18 @@ def test_formats_meet_in_the_layouts_of_gguf(
     assert checkpoint.format.scheme(checkpoint.source, [KEY]) == scheme
     # What a decoded token reads, beside Q4_0 or Q8_0.
     assert scheme.nbytes(64, 128) <= ratio * like.nbytes(64, 128)
+
+
+def test_scales_that_are_no_powers_of_two_stay_in_float32() -> None:
+    """E2M1 alone does not make a matrix MXFP4."""
+    scales = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    packed = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16)
+    matrix = TableMatrix(
+        "", (8, 32), packed, "e2m1", lambda first, last: scales[first:last], 32, high_first=False
+    )
+    assert matrix.scheme == wide(4, 32, codes="e2m1")
+    assert torch.equal(matrix.rows(2, 8).scales.flatten(), scales[2:])
+    assert torch.equal(matrix.scheme.decode(matrix.rows(2, 8)), matrix.decode(2, 8))
 
 
 def test_scales_may_be_bfloat16(tmp_path: Path) -> None:

@@ -14,15 +14,26 @@ from tests.kernels.grouped_weights import RandomGroups, exact_product, magnitude
 from tgi_cli.kernels.cpu import library
 from tgi_cli.kernels.cpu.library import Gemm, pointer
 from tgi_cli.kernels.cpu.packed import FORMS, PackedWeight, interleave, matrix_bytes
-from tgi_cli.kernels.grouped import INT4, INT4_MINIMUM, INT8, GroupedRows, GroupScheme, wide
+from tgi_cli.kernels.grouped import (
+    INT4,
+    INT4_MINIMUM,
+    INT8,
+    MXFP4,
+    GroupedRows,
+    GroupScheme,
+    wide,
+)
+from tgi_cli.quantize.formats.mxfp4 import mxfp4_matrix
+from tgi_cli.quantize.formats.packed import GroupedWeight
 
 LOADED = library.load()
 VARIANTS = LOADED.variants() if LOADED else []
 WIDE = [wide(bits, group, minimum=minimum) for bits, group, minimum in
         ((4, 64, True), (4, 32, False), (8, 96, False), (8, 32, True))]  # fmt: skip
-FLOATS = [wide(4, 32, codes=codes) for codes in ("nf4", "fp4", "e2m1")]
+FLOATS = [MXFP4, *(wide(4, 32, codes=codes) for codes in ("nf4", "fp4", "e2m1"))]
 FLOATS += [wide(4, 64, codes="nf4"), wide(8, 96, codes="e4m3"), wide(8, 32, codes="e4m3")]
-SCHEMES = [*FORMS, *WIDE]
+INTEGERS = [scheme for scheme in FORMS if scheme.codes == "integer"]
+SCHEMES = [*INTEGERS, *WIDE]
 # Further groups of bf16 activations' kernels: 128 and whole rows.
 ROW_WIDE = [wide(8, 576, codes="e4m3"), wide(4, 576, codes="nf4"), wide(8, 160), wide(4, 64)]
 BF16_ACTIVATIONS = [s for s in (*SCHEMES, *FLOATS) if 192 % s.group == 0]
@@ -173,6 +184,25 @@ def test_every_code_is_its_number(
     expected = weight.dequantize().T.repeat(2, 1)[:tokens]
     tolerance = 2.0**-9 if codes == "nf4" else 2.0**-23 if codes == "fp4" else 0
     torch.testing.assert_close(packed.matmul_float(x), expected, atol=0, rtol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_every_exponent_of_mxfp4_is_its_power(tokens: int, context: library.Context) -> None:
+    """E8M0 from 2^-127, which is subnormal, to 2^127, with every code."""
+    exponents = torch.arange(255, dtype=torch.uint8).repeat_interleave(16).view(-1, 1)
+    halves = (torch.arange(len(exponents)) % 16).byte().view(-1, 1).expand(-1, 16)
+    weight = GroupedWeight([mxfp4_matrix("", halves * 17, exponents)], torch.bfloat16)
+    assert weight.scheme == MXFP4
+    values = MXFP4.values(halves[:, :1]).double()
+    expected = values * 2.0 ** (exponents.double() - 127)
+    # 2^127 times more than 1.5 is beyond float32.
+    expected = expected.float().expand(-1, 32)
+    packed = PackedWeight.grouped(context, weight)
+    for found in (weight.dequantize(), packed.dequantize()):
+        assert torch.equal(found, expected)
+    assert torch.equal(packed.embed(torch.arange(len(exponents)), 1.0), expected)
+    x = torch.eye(32).repeat(2, 1)[:tokens].bfloat16()
+    assert torch.equal(packed.matmul_float(x), expected[:, :1].T.expand(tokens, -1))
 
 
 @pytest.mark.parametrize("scheme", BF16_ACTIVATIONS, ids=name_of)

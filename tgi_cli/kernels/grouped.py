@@ -39,9 +39,9 @@ class GroupScheme:
     """How codes mean weights: `(code - zero_point) * scale`, or `code * scale + minimum`.
 
     Codes are unsigned integers of `bits`; `group` inputs of one output share a scale of dtype
-    `scale` (float16 or float32) and, if the scheme has them, a minimum of the same dtype. Where
-    `codes` is not `integer`, they stand for numbers: of `TABLES`, or `e4m3`, 8-bit floats without
-    NaN.
+    `scale` (float16, bfloat16 or float32) and, if the scheme has them, a minimum of the same dtype.
+    Where `codes` is not `integer`, they stand for numbers: of `TABLES`, or `e4m3`, 8-bit floats
+    without NaN.
 
     A group is 16 or 32 inputs, or any multiple of 32 with float32 scales.
     """
@@ -87,6 +87,8 @@ INT4_MINIMUM = GroupScheme(4, 32, torch.float16, minimum=True)
 INT4_MINIMUM_FLOAT = GroupScheme(4, 32, torch.float32, minimum=True)
 INT8_MINIMUM_FLOAT = GroupScheme(8, 32, torch.float32, minimum=True)
 INT8_HALF_GROUPS = GroupScheme(8, 16, torch.float32, minimum=False)
+#: MXFP4, whose scales are powers of two: bfloat16 has all that float32 has.
+MXFP4 = GroupScheme(4, 32, torch.bfloat16, minimum=False, codes="e2m1")
 
 
 def wide(bits: int, group: int, *, minimum: bool = False, codes: str = "integer") -> GroupScheme:

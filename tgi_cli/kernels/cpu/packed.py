@@ -29,6 +29,7 @@ from tgi_cli.kernels.grouped import (
     INT8,
     INT8_HALF_GROUPS,
     INT8_MINIMUM_FLOAT,
+    MXFP4,
     Grouped,
     GroupedRows,
     GroupScheme,
@@ -43,6 +44,7 @@ FORMS = {
     INT4_MINIMUM_FLOAT: 5,
     INT8_MINIMUM_FLOAT: 6,
     INT8_HALF_GROUPS: 7,
+    MXFP4: 16,
 }
 #: Wide forms, by codes, bits and whether there are minima.
 _WIDE = {
@@ -293,6 +295,9 @@ class PackedWeight:
         codes = data[:, :, :split].reshape(count, groups, -1, PANEL, 4)
         if scheme.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
+        elif scheme.codes == "e4m3":  # pairs of inputs lie together: see csrc/grouped.inc.h
+            pairs = codes.view(count, groups, -1, PANEL // 4, 2, 4, 2)
+            codes = pairs.permute(0, 1, 2, 3, 5, 6, 4).reshape(codes.shape)
         codes = codes.permute(0, 3, 1, 2, 4).reshape(count * PANEL, -1)
         floats = data[:, :, split:].contiguous().view(scheme.scale)
         floats = floats.view(count, groups, -1, PANEL).permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgi_cli.kernels.grouped import MXFP4
 from tgi_cli.quantize.formats.base import TensorSource
 from tgi_cli.quantize.formats.packed import PackedFormat, tensor, wrong
 from tgi_cli.quantize.formats.table import TableMatrix
@@ -43,4 +44,4 @@ def mxfp4_matrix(key: str, packed: Tensor, exponents: Tensor) -> TableMatrix:
         # 255 is no number; here it becomes infinite, which is refused.
         return torch.ldexp(torch.ones(last - first), biased[first:last].int() - 127)
 
-    return TableMatrix(key, shape, packed, "e2m1", scales, BLOCK, high_first=False)
+    return TableMatrix(key, shape, packed, "e2m1", scales, BLOCK, high_first=False, scheme=MXFP4)

@@ -27,6 +27,8 @@ class TableMatrix:
             row after row. Asked when rows are, as they may have to be decoded themselves.
         block: codes that share a scale.
         high_first: the upper half of a byte comes first.
+        scheme: what a kernel may hold the matrix in, if not with scales in float32; it must have
+            room for all of them.
     """
 
     def __init__(
@@ -39,10 +41,10 @@ class TableMatrix:
         block: int,
         *,
         high_first: bool,
+        scheme: GroupScheme | None = None,
     ) -> None:
         self.key = key
         self.out_features, self.in_features = shape
-        self.nbytes = packed.nbytes + self.out_features * self.in_features // block * 4
         named = table if isinstance(table, str) else _name_of(table)
         self.table = torch.tensor(TABLES[table]) if isinstance(table, str) else table
         self._scales = scales
@@ -55,7 +57,10 @@ class TableMatrix:
         self.scheme: GroupScheme | None = None
         self.order: Tensor | None = None
         if whole and block % RUN == 0 and named is not None:
-            self.scheme = wide(4, block, codes=named)
+            self.scheme = scheme or wide(4, block, codes=named)
+        scale = torch.float32 if self.scheme is None else self.scheme.scale
+        blocks = self.out_features * self.in_features // block
+        self.nbytes = packed.nbytes + blocks * scale.itemsize
 
     def decode(self, start: int, end: int) -> Tensor:
         """Rows in float32."""
@@ -68,9 +73,11 @@ class TableMatrix:
 
     def rows(self, start: int, end: int) -> Grouped:
         """The same rows in `scheme`."""
+        assert self.scheme is not None
         blocks = self.in_features // self._block
         scales = finite(self.key, self._scales(start * blocks, end * blocks))
-        return Grouped(self._codes(start, end), scales.view(end - start, blocks))
+        scales = scales.view(end - start, blocks).to(self.scheme.scale)
+        return Grouped(self._codes(start, end), scales)
 
     def _codes(self, start: int, end: int) -> Tensor:
         """uint8 [rows, in_features]."""

@@ -50,11 +50,11 @@ struct Stream {
   int64_t groups, parts, inputs;   // of a row, of a group, of a part
   int64_t group_bytes, code_bytes; // of a panel's group
   int64_t scale_bytes;             // of a panel's scales of one part
-  bool half, minimum;
+  Scale scale;
+  bool minimum;
 
   vf scales(const uint8_t* tail, int vector) const {
-    if (half) return load_half(reinterpret_cast<const uint16_t*>(tail) + vector * kLanes);
-    return load(reinterpret_cast<const float*>(tail) + vector * kLanes);
+    return load_scales(scale, tail + vector * kLanes * scale_size(scale));
   }
 };
 
@@ -62,7 +62,7 @@ template <class G>
 inline Stream stream_of(const Matrix& w, G) {
   const int64_t runs = G::runs(w), bytes = runs * G::kCodeBytes;
   return {&kTableOf<G>,         static_cast<float>(G::kZero), w.k / kRun / runs, G::kParts, runs * kRun / G::kParts,
-          bytes + G::kTailBytes, bytes,                        G::kScaleBytes,    G::kScaleBytes == kPanel * 2, G::kMinimum};
+          bytes + G::kTailBytes, bytes,                        G::kScaleBytes,    G::kScale, G::kMinimum};
 }
 
 // Kinds of codes. A step is kBytes, of all outputs of a panel, and gives kPairs pairs of inputs for each.
@@ -116,8 +116,10 @@ inline constexpr FloatBytes kFloatBytes = float_bytes();
 struct TableFloatCodes : PackedCodes {  // E4M3 where tables hold 128 bytes
   static constexpr int kPairs = 2;
   ByteTable table;
+  using Vector = FoundBytes;
   explicit TableFloatCodes(const Stream&) : table(make_byte_table(kFloatBytes.bytes)) {}
-  vi pair(vi codes, int i) const { return signed_pair(table, codes, i); }
+  Vector load(const uint8_t* at, int vector) const { return look_up(table, PackedCodes::load(at, vector)); }
+  vi pair(Vector found, int i) const { return unpack(found.low, found.high, i); }
 };
 #endif
 

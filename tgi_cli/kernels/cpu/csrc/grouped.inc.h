@@ -5,7 +5,8 @@
 // one for each 16 inputs), 32 minima if the form has them. A group is one run, or in wide forms as many
 // as `Matrix::group` says. A run of 8-bit codes: [8 times 4 inputs][32 outputs][4]; of 4-bit codes:
 // [4 times 8 inputs][32 outputs][4], the first four inputs in the low halves of the bytes, the others
-// above.
+// above. Of E4M3 four outputs' bytes lie by pairs of inputs, [first and third, second and fourth][4
+// outputs][2]: so bytes of a pair become words by unpacking, without shifts.
 
 constexpr int kRun = 32;
 
@@ -23,17 +24,30 @@ alignas(64) constexpr float kFp4Values[16] = {
 alignas(64) constexpr float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                                -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// kSpan inputs share a scale where groups are not wide: 32 or 16. kHalf: scales and minima are fp16.
-template <int kBitsOf, Codes kCodesOf, int kSpan, bool kHalf, bool kMinimumOf, bool kWideOf = false>
+// Of scales and minima. bf16 holds the powers of two of MXFP4, all that fp32 has, and fp16 does not.
+enum class Scale { kFloat, kHalf, kBf16 };
+
+constexpr int64_t scale_size(Scale scale) { return scale == Scale::kFloat ? 4 : 2; }
+
+inline vf load_scales(Scale scale, const uint8_t* at) {  // kLanes of them
+  const auto* words = reinterpret_cast<const uint16_t*>(at);
+  if (scale == Scale::kHalf) return load_half(words);
+  if (scale == Scale::kBf16) return load_bf16(words);
+  return load(reinterpret_cast<const float*>(at));
+}
+
+// kSpan inputs share a scale where groups are not wide: 32 or 16.
+template <int kBitsOf, Codes kCodesOf, int kSpan, Scale kScaleOf, bool kMinimumOf, bool kWideOf = false>
 struct Grouped {
   static constexpr int kBits = kBitsOf;
   static constexpr Codes kCodes = kCodesOf;
+  static constexpr Scale kScale = kScaleOf;
   static constexpr bool kMinimum = kMinimumOf;
   static constexpr bool kWide = kWideOf;
   static constexpr int kParts = kRun / kSpan;  // scales of an output in a group
   static constexpr int kZero = kMinimum || kCodes != Codes::kInteger ? 0 : kBits == 4 ? 8 : 128;
   static constexpr int64_t kCodeBytes = kPanel * kRun * kBits / 8;  // of a run
-  static constexpr int64_t kScaleBytes = kPanel * (kHalf ? 2 : 4);
+  static constexpr int64_t kScaleBytes = kPanel * scale_size(kScale);
   static constexpr int64_t kTailBytes = kScaleBytes * (kParts + (kMinimum ? 1 : 0));
   static constexpr int64_t kGroupBytes = kCodeBytes + kTailBytes;  // where not wide
 
@@ -52,10 +66,15 @@ struct Grouped {
     return codes(w, panel, run / each * each) + each * kCodeBytes;
   }
 
+  // Where in a run an input's byte lies.
+  static int64_t place(int64_t output, int64_t input) {
+    const int64_t four = input / (kBits == 8 ? 4 : 8) * kPanel * 4, i = input % 4;
+    if (kCodes == Codes::kE4m3) return four + output / 4 * 16 + i % 2 * 8 + output % 4 * 2 + i / 2;
+    return four + output * 4 + i;
+  }
+
   static vf scales(const uint8_t* tail, int row, int output) {  // kLanes of them
-    const uint8_t* at = tail + row * kScaleBytes + output * (kHalf ? 2 : 4);
-    if (kHalf) return load_half(reinterpret_cast<const uint16_t*>(at));
-    return load(reinterpret_cast<const float*>(at));
+    return load_scales(kScale, tail + row * kScaleBytes + output * scale_size(kScale));
   }
   // What codes in the low bits of each lane stand for, before scale and minimum.
   static vf values(vi codes) {
@@ -73,21 +92,23 @@ struct Grouped {
 template <class Visitor>
 inline void visit_grouped(const Matrix& w, const Visitor& visit) {
   constexpr Codes kInteger = Codes::kInteger;
+  constexpr Scale kFloat = Scale::kFloat, kHalf = Scale::kHalf;
   switch (static_cast<Form>(w.form)) {
-    case Form::kInt8: return visit(Grouped<8, kInteger, 32, true, false>{});
-    case Form::kInt4: return visit(Grouped<4, kInteger, 32, true, false>{});
-    case Form::kInt4Min: return visit(Grouped<4, kInteger, 32, true, true>{});
-    case Form::kInt4MinF: return visit(Grouped<4, kInteger, 32, false, true>{});
-    case Form::kInt8MinF: return visit(Grouped<8, kInteger, 32, false, true>{});
-    case Form::kInt8F16: return visit(Grouped<8, kInteger, 16, false, false>{});
-    case Form::kInt4Wide: return visit(Grouped<4, kInteger, 32, false, false, true>{});
-    case Form::kInt4WideMin: return visit(Grouped<4, kInteger, 32, false, true, true>{});
-    case Form::kInt8Wide: return visit(Grouped<8, kInteger, 32, false, false, true>{});
-    case Form::kInt8WideMin: return visit(Grouped<8, kInteger, 32, false, true, true>{});
-    case Form::kNf4: return visit(Grouped<4, Codes::kNf4, 32, false, false, true>{});
-    case Form::kFp4: return visit(Grouped<4, Codes::kFp4, 32, false, false, true>{});
-    case Form::kE2m1: return visit(Grouped<4, Codes::kE2m1, 32, false, false, true>{});
-    case Form::kE4m3: return visit(Grouped<8, Codes::kE4m3, 32, false, false, true>{});
+    case Form::kInt8: return visit(Grouped<8, kInteger, 32, kHalf, false>{});
+    case Form::kInt4: return visit(Grouped<4, kInteger, 32, kHalf, false>{});
+    case Form::kInt4Min: return visit(Grouped<4, kInteger, 32, kHalf, true>{});
+    case Form::kInt4MinF: return visit(Grouped<4, kInteger, 32, kFloat, true>{});
+    case Form::kInt8MinF: return visit(Grouped<8, kInteger, 32, kFloat, true>{});
+    case Form::kInt8F16: return visit(Grouped<8, kInteger, 16, kFloat, false>{});
+    case Form::kInt4Wide: return visit(Grouped<4, kInteger, 32, kFloat, false, true>{});
+    case Form::kInt4WideMin: return visit(Grouped<4, kInteger, 32, kFloat, true, true>{});
+    case Form::kInt8Wide: return visit(Grouped<8, kInteger, 32, kFloat, false, true>{});
+    case Form::kInt8WideMin: return visit(Grouped<8, kInteger, 32, kFloat, true, true>{});
+    case Form::kNf4: return visit(Grouped<4, Codes::kNf4, 32, kFloat, false, true>{});
+    case Form::kFp4: return visit(Grouped<4, Codes::kFp4, 32, kFloat, false, true>{});
+    case Form::kE2m1: return visit(Grouped<4, Codes::kE2m1, 32, kFloat, false, true>{});
+    case Form::kE4m3: return visit(Grouped<8, Codes::kE4m3, 32, kFloat, false, true>{});
+    case Form::kMxfp4: return visit(Grouped<4, Codes::kE2m1, 32, Scale::kBf16, false>{});
     default: return;
   }
 }
@@ -98,7 +119,7 @@ inline void decode_row(const Matrix& w, int64_t output, float factor, float* out
   const int64_t panel = output / kPanel, column = output % kPanel;
   const int first = static_cast<int>(column) / kLanes * kLanes, lane = static_cast<int>(column) % kLanes;
   for (int64_t run = 0; run < w.k / kRun; ++run, out += kRun) {
-    const uint8_t* at = G::codes(w, panel, run) + column * 4;
+    const uint8_t* at = G::codes(w, panel, run);
     const uint8_t* tail = G::tail(w, panel, run);
     float scales[G::kParts + 1];  // and the minimum
     for (int i = 0; i < G::kParts + (G::kMinimum ? 1 : 0); ++i) {
@@ -107,9 +128,10 @@ inline void decode_row(const Matrix& w, int64_t output, float factor, float* out
       scales[i] = all[lane];
     }
     int32_t codes[kRun];
-    for (int i = 0; i < kRun; ++i)
-      codes[i] = G::kBits == 8 ? at[i / 4 * kPanel * 4 + i % 4]
-                               : at[i / 8 * kPanel * 4 + i % 4] >> (i % 8 < 4 ? 0 : 4) & 15;
+    for (int i = 0; i < kRun; ++i) {
+      const int byte = at[G::place(column, i)];
+      codes[i] = G::kBits == 8 ? byte : byte >> (i % 8 < 4 ? 0 : 4) & 15;
+    }
     for (int i = 0; i < kRun; i += kLanes) {
       vf value = mul(G::values(load_pairs(codes + i)), set1(scales[i * G::kParts / kRun]));
       if (G::kMinimum) value = add(value, set1(scales[G::kParts]));
@@ -121,7 +143,7 @@ inline void decode_row(const Matrix& w, int64_t output, float factor, float* out
 // Missing outputs of the last panel have the code 0 and the scale 0.
 template <class G>
 inline void pack_panels(const PackGrouped& a, G) {
-  const int64_t size = G::kScaleBytes / kPanel;  // of a scale
+  constexpr int64_t size = scale_size(G::kScale);
   const int64_t each = G::runs(a.w), groups = a.w.k / kRun / each;
   auto* out = static_cast<uint8_t*>(const_cast<void*>(a.w.data));
   const int64_t panels = (a.w.n + kPanel - 1) / kPanel;
@@ -132,11 +154,11 @@ inline void pack_panels(const PackGrouped& a, G) {
       auto* to = const_cast<uint8_t*>(G::codes(a.w, n / kPanel, run));
       const uint8_t* codes = a.codes + n * a.w.k + run * kRun;
       for (int64_t i = 0; i < kRun; i += 4) {
-        if (G::kBits == 8) {
-          std::memcpy(to + (i / 4 * kPanel + j) * 4, codes + i, 4);
+        if (G::kBits == 8 && G::kCodes == Codes::kInteger) {
+          std::memcpy(to + G::place(j, i), codes + i, 4);
         } else {
-          uint8_t* at = to + (i / 8 * kPanel + j) * 4;
-          for (int64_t b = 0; b < 4; ++b) at[b] |= static_cast<uint8_t>(codes[i + b] << (i % 8));
+          const int64_t shift = G::kBits == 8 ? 0 : i % 8;
+          for (int64_t b = i; b < i + 4; ++b) to[G::place(j, b)] |= static_cast<uint8_t>(codes[b] << shift);
         }
       }
     }

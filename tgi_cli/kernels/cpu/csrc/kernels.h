@@ -44,8 +44,10 @@ enum class Form : int32_t {
   kInt8WideMin = 11,  // code * scale + minimum
   kNf4 = 12,          // value of the code * scale; bitsandbytes' NormalFloat
   kFp4 = 13,          // likewise bitsandbytes' 4-bit float
-  kE2m1 = 14,         // likewise the 4-bit float of MXFP4
+  kE2m1 = 14,         // likewise E2M1, the 4-bit float of MXFP4
   kE4m3 = 15,         // likewise the 8-bit float E4M3; no code is NaN
+  // Not wide:
+  kMxfp4 = 16,  // value of the E2M1 code * bf16 scale
 };
 
 struct Matrix {

@@ -8,6 +8,7 @@
 //                  -128 to each int32 lane, exactly
 //   dot2_int       adds the two products of a pair of words to each int32 lane, exactly
 //   widen_bytes    signed bytes as words; store_words rounds to words and saturates
+//   unpack_half    the lower or upper eight of each 16 bytes as words
 //   nibble_pair    bf16 pair i of four, out of a PairTable, for the eight nibbles of each lane: of bytes 0 and 2,
 //                  then 1 and 3, the low halves first
 //   keep, blank    choose lanes by count, bits by mask; at_least, is_nan give one bit for each lane
@@ -94,10 +95,11 @@ inline vi byte_pair(vi codes, float zero, int i) {
                      sub(from_bits(bit_or(bit_and(odd, low), magic)), taken));
 }
 
-// The same for E4M3 codes; an instruction set may have a way of its own.
+// The same for E4M3 codes, which grouped.inc.h lays out for it; an instruction set may have a way of its own.
 template <class Vector>
 inline vi e4m3_pair(Vector codes, int i) {
-  return exact_pairs(from_e4m3(shift_right(codes, 8 * i)), from_e4m3(shift_right(codes, 8 * i + 16)));
+  const vi words = unpack_half(codes, i);
+  return exact_pairs(from_e4m3(words), from_e4m3(shift_right(words, 16)));
 }
 
 // 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.

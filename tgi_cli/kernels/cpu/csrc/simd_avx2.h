@@ -98,6 +98,10 @@ inline void store_words(int16_t* p, vf x) {
 inline vi widen_bytes(const void* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
+inline vi unpack_half(vi bytes, int i) {
+  const vi none = _mm256_setzero_si256();
+  return i == 0 ? _mm256_unpacklo_epi8(bytes, none) : _mm256_unpackhi_epi8(bytes, none);
+}
 inline void dot2_int(vi& acc, vi a, vi b) { acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 template <int kBits>
 inline void dot4(vi& acc, vi codes, vi bytes) {

@@ -159,6 +159,10 @@ inline PairTable make_table(const bf16* values) {
 inline vi nibble_pair(PairTable table, vi codes, int i) {
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, static_cast<unsigned>(i % 2 * 8 + i / 2 * 4)), table);
 }
+// Words of the lower or upper halves of each 16 bytes.
+inline vi unpack(vi low, vi high, int i) {
+  return i == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high);
+}
 // The exponent takes its new bias; subnormals, which have none, come from a table of 8.
 inline vi e4m3_pair(vi codes, int i) {
   alignas(64) static constexpr bf16 kSubnormals[32] = {
@@ -166,13 +170,11 @@ inline vi e4m3_pair(vi codes, int i) {
       0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   const vi subnormals = _mm512_load_si512(kSubnormals), bias = _mm512_set1_epi16(0x3c00);
   const vi sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), rest = _mm512_set1_epi16(0x07f0);
-  const vi moved = i == 0 ? _mm512_slli_epi16(codes, 4) : _mm512_srli_epi16(codes, 4);
-  const vi low = i == 0 ? codes : _mm512_srli_epi16(codes, 8);
-  const vi high = i == 0 ? _mm512_slli_epi16(codes, 8) : codes;
-  const __mmask32 none = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(i == 0 ? 0x78 : 0x7800));
-  vi magnitude = _mm512_add_epi16(_mm512_and_si512(moved, rest), bias);
-  magnitude = _mm512_mask_permutexvar_epi16(magnitude, none, low, subnormals);
-  return _mm512_ternarylogic_epi32(sign, high, magnitude, 0xca);  // sign ? high : magnitude
+  const vi twice = unpack(codes, codes, i);  // the code in both bytes
+  const __mmask32 none = _mm512_testn_epi16_mask(twice, _mm512_set1_epi16(0x7800));
+  vi magnitude = _mm512_add_epi16(_mm512_and_si512(_mm512_srli_epi16(twice, 4), rest), bias);
+  magnitude = _mm512_mask_permutexvar_epi16(magnitude, none, twice, subnormals);
+  return _mm512_ternarylogic_epi32(sign, twice, magnitude, 0xca);  // sign ? twice : magnitude
 }
 
 // The same with the tables of 128 bytes that AVX512_VBMI looks up, as assembly, since g++ is not told of it.
@@ -187,13 +189,15 @@ inline vi look_up(const vi (&table)[2], vi index) {
   asm("vpermi2b %2, %1, %0" : "+v"(index) : "v"(table[0]), "v"(table[1]));
   return index;
 }
-// Bytes with a sign above seven bits as a bf16 pair.
-inline vi signed_pair(const ByteTable& table, vi codes, int i) {
-  const vi low = look_up(table.low, codes);
-  const vi high = _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(0x80)), codes, look_up(table.high, codes), 0xca);
-  const vi odd = _mm512_set1_epi16(static_cast<int16_t>(0xff00));
-  if (i == 0) return _mm512_ternarylogic_epi32(odd, _mm512_slli_epi16(high, 8), low, 0xca);
-  return _mm512_ternarylogic_epi32(odd, high, _mm512_srli_epi16(low, 8), 0xca);
+struct FoundBytes {  // of words
+  vi low, high;
+};
+// For bytes with a sign above seven bits.
+inline FoundBytes look_up(const ByteTable& table, vi codes) {
+  asm("" : "+v"(codes));  // or else it is loaded three times
+  const vi sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  const vi high = _mm512_ternarylogic_epi32(look_up(table.high, codes), codes, sign, 0xd8);  // sign ? codes : found
+  return {look_up(table.low, codes), high};
 }
 
 // For sampling.

@@ -92,6 +92,10 @@ inline void store_words(int16_t* p, vf x) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f3
 inline vi widen_bytes(const void* p) {
   return vreinterpretq_u32_s16(vmovl_s8(vld1_s8(static_cast<const int8_t*>(p))));
 }
+inline vi unpack_half(vi bytes, int i) {
+  const uint8x16_t all = vreinterpretq_u8_u32(bytes), none = vdupq_n_u8(0);
+  return vreinterpretq_u32_u8(i == 0 ? vzip1q_u8(all, none) : vzip2q_u8(all, none));
+}
 inline void dot2_int(vi& acc, vi a, vi b) {
   const int16x8_t x = vreinterpretq_s16_u32(a), y = vreinterpretq_s16_u32(b);
   const int32x4_t products = vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
