@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from tests.quantize.conversion import samples
 from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.quantize.convert.folding import fold, tied
-from tgi_cli.quantize.convert.layer_work import LayerWork
+from tgi_cli.quantize.convert.layer_work import LayerWork, Point
+from tgi_cli.quantize.convert.procedures import int8_layer
 from tgi_cli.quantize.convert.quality import embed
+from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import Stream
 from tgi_cli.quantize.methods.activations import round_int8
 from tgi_cli.quantize.methods.grid import fit
@@ -83,3 +87,50 @@ def test_smoothing_scales_halve_the_error_of_uneven_inputs() -> None:
         return float((ours - rows @ weight.T).norm() / (rows @ weight.T).norm())
 
     assert error(smoothing_scales(weight, inputs, as_they_are)) < 0.5 * error(torch.ones(64))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_int8_smooths_what_matrices_make_too(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    """Few products of gate and up that are far larger than the others, and matter as little."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family))).for_length(32)
+    backend = select("cpu", num_threads=1)
+    start = Stream(tmp_path, "states", (4, 32, 64), 0)
+    embed(checkpoint, backend, samples(4, 32, seed=3).tokens, start)
+    recipe = Recipe.choose("int8", None, None)
+
+    def prepared() -> LayerWork:
+        work = LayerWork(checkpoint, backend, 0)
+        _, _, gate_up, down = work.points
+        up, back = (f"{name}.weight" for name in (gate_up.parts[1], down.parts[0]))
+        factors = torch.ones(work.tensor(up).shape[0])
+        factors[::16] = 40
+        work.replace(up, work.tensor(up) * factors[:, None])
+        work.replace(back, work.tensor(back) / factors)
+        return work
+
+    def run(work: LayerWork) -> torch.Tensor:
+        return torch.cat([states for _, states in work.advance(start).batches()])
+
+    def error() -> float:
+        work = prepared()
+        int8_layer(work, start, recipe, torch.float32)
+        return float((run(work) - wanted).norm() / (wanted - given).norm())
+
+    given = torch.cat([states for _, states in start.batches()])
+    wanted = run(prepared())
+    everywhere = error()
+    behind_norms = partial(_fold_behind_norms, fold)
+    monkeypatch.setattr("tgi_cli.quantize.convert.procedures.fold", behind_norms)
+    assert everywhere < 0.6 * error()
+
+
+def _fold_behind_norms(
+    fold: Callable[..., torch.Tensor], work: LayerWork, point: Point, *rest: Any
+) -> None:
+    if point.producer.kind == "norm":
+        fold(work, point, *rest)

@@ -128,3 +128,13 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
     assert torch.equal(parts.largest, rows.abs().amax(0))
     assert parts.count == whole.count == 300
     assert 0 < len(parts.sample) <= 512
+
+
+def test_statistics_without_moments_say_so() -> None:
+    seen = InputStatistics(8, torch.device("cpu"), moments=False)
+    rows = torch.randn(5, 8)
+    seen.add(rows)
+    assert torch.equal(seen.largest, rows.abs().amax(0))
+    assert torch.equal(seen.sample, rows)
+    with pytest.raises(RuntimeError, match="without moments"):
+        _ = seen.moments

@@ -18,7 +18,7 @@ from tgi_cli import model_path
 from tgi_cli.config import EngineConfig
 from tgi_cli.engine.loading import OpenedModel
 from tgi_cli.engine.lora import fetched
-from tgi_cli.engine.machine import return_large_memory, trim_heap, usable_cores
+from tgi_cli.engine.machine import usable_cores
 from tgi_cli.engine.memory_plan import MemoryPlan, check_config
 from tgi_cli.engine.messages import ModelFacts, RankFacts, Request
 from tgi_cli.engine.nodes import Nodes
@@ -28,6 +28,7 @@ from tgi_cli.engine.runner import ModelRunner
 from tgi_cli.engine.step import Step, StepOutput
 from tgi_cli.errors import UsageError
 from tgi_cli.grammar_compiler import GrammarCompiler
+from tgi_cli.heap import return_large_memory, trim_heap
 from tgi_cli.kernels.collective import ALONE
 from tgi_cli.kernels.kv_rows import kv_dtype_name
 from tgi_cli.sampling import SamplingParams

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def usable_cores(root: Path = _CGROUP) -> int:
@@ -32,21 +29,3 @@ def _cpu_quota(root: Path) -> float | None:
         return None if int(limit) < 0 else int(limit) / int(period)
     except (OSError, ValueError):
         return None
-
-
-def return_large_memory() -> None:
-    """Have glibc take allocations of 8 MB and more from the system and give them back when freed.
-
-    By default its threshold grows with what is freed, and the logits of long prompts leave holes
-    in the heap that no plan can foresee. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 8 << 20)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system: that of other threads' heaps, which keep theirs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -88,8 +88,8 @@ class RankWorker:
 
     def _serve(self, start: RankStart) -> None:
         from tgi_cli.engine.loading import OpenedModel
-        from tgi_cli.engine.machine import return_large_memory
         from tgi_cli.engine.meeting import MeetingPlace, join
+        from tgi_cli.heap import return_large_memory
 
         return_large_memory()
         opened = OpenedModel(start.config, rank=start.rank, num_threads=start.num_threads)

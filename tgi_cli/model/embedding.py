@@ -87,11 +87,16 @@ def load_head(loader: Loader, spec: DecoderSpec, embedding: AnyEmbedding | None)
     it is what the model was trained with, and is used.
     """
     name = spec.names.head
-    if _has_own_head(loader, spec):
+    if head_name(loader, spec) == name:
         return Linear(loader.ops, loader.matrix([name], [spec.vocab_size], spec.hidden_size))
     if loader.has(name):
         loader.skip(name)
     return (embedding or load_embedding(loader, spec)).head()
+
+
+def head_name(loader: Loader, spec: DecoderSpec) -> str:
+    """The tensor that is the output matrix: one of its own, or the token table."""
+    return spec.names.head if _has_own_head(loader, spec) else spec.names.embedding
 
 
 def _rounded(scale: float | None, dtype: torch.dtype) -> float | None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 
 from tgi_cli import __version__
 from tgi_cli.errors import UnsupportedModel, UsageError
+from tgi_cli.heap import keep_large_memory
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.quantize.convert.calibration import Samples
@@ -147,6 +148,7 @@ class Job:
             CheckpointError: the checkpoint or an unfinished run's files are broken.
         """
         self.requirements.check(self.backend.free_memory(), self.output)
+        keep_large_memory()
         state = self.files.open(self._identity(), resume=resume)
         num_layers = len(self.checkpoint.spec.layers)
         if state.layers_done:
@@ -219,6 +221,7 @@ class Job:
             if key not in in_layers and not key.endswith(names.ignored)
         ]
         write_tensors(self.files.folder / _REST, {key: source.read(key) for key in rest})
+        self._release(rest)
 
     def _layer(self, index: int) -> dict[str, float]:
         """Quantize a layer, write its shard and the streams in front of the next one."""
@@ -232,7 +235,13 @@ class Job:
         write_tensors(self._shard(index), self._tensors(work, done))
         for stream in (*calibration, quantized):
             work.advance(stream)
+        self._release(work.tensor_names)
         return done.errors
+
+    def _release(self, names: Iterable[str]) -> None:
+        """Let what was read of the checkpoint go."""
+        for name in names:
+            self.checkpoint.source.release(name)
 
     def _tensors(self, work: LayerWork, done: QuantizedLayer) -> dict[str, torch.Tensor]:
         """The layer as it is stored: packed matrices, and the rest in the model's dtype."""

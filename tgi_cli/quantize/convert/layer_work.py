@@ -218,7 +218,9 @@ class LayerWork:
         """Whether the checkpoint has such a tensor."""
         return name in self._overlay
 
-    def observe(self, stream: Stream, points: Sequence[Point]) -> list[InputStatistics]:
+    def observe(
+        self, stream: Stream, points: Sequence[Point], *, moments: bool = True
+    ) -> list[InputStatistics]:
         """Run the samples up to the last of `points`; statistics of the inputs of each.
 
         For points behind the middle of the layer, what the first half gives is kept on the disk
@@ -234,7 +236,7 @@ class LayerWork:
 
         def show(role: Role, rows: Tensor) -> None:
             if role not in gathered:
-                gathered[role] = InputStatistics(rows.shape[1], rows.device)
+                gathered[role] = InputStatistics(rows.shape[1], rows.device, moments=moments)
             gathered[role].add(rows)
             waiting.discard(role)
             if not waiting:

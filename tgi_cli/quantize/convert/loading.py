@@ -1,4 +1,4 @@
-"""A loader for parts of an unquantized model in float32, whole, on one rank."""
+"""Loaders for parts of an unquantized model, to compute in float32, whole, on one rank."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def float_loader(
     return Loader(
         source or checkpoint.source,
         checkpoint.format,
+        backend,
+        torch.float32,
+        Partition(checkpoint.spec),
+    )
+
+
+def stored_loader(checkpoint: Checkpoint, backend: Backend) -> Loader:
+    """Leaves matrices where they are stored, as `StoredDense`."""
+    return Loader(
+        checkpoint.source,
+        checkpoint.format.packing(),
         backend,
         torch.float32,
         Partition(checkpoint.spec),

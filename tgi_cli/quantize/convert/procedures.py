@@ -97,11 +97,13 @@ def awq_layer(
 def int8_layer(
     work: LayerWork, stream: Stream | None, recipe: Recipe, scale_dtype: torch.dtype
 ) -> QuantizedLayer:
-    """SmoothQuant behind the norms, then GPTQ by output row; activations are rounded too."""
+    """SmoothQuant on all inputs, then GPTQ by output row; activations are rounded too."""
     assert stream is not None
     done = QuantizedLayer({}, {})
-    smoothed = [point for point in work.points if point.producer.kind == "norm"]
-    for point, inputs in zip(smoothed, work.observe(stream, smoothed), strict=True):
+    seen = work.observe(stream, work.points, moments=False)
+    # Those made by matrices first: it scales rows of these, which have scales of their own.
+    points = sorted(zip(work.points, seen, strict=True), key=lambda pair: pair[0].producer.kind)
+    for point, inputs in points:
         scales = smoothing_scales(work.weight(point), inputs, partial(tied, point))
         fold(work, point, scales, work.stored_dtype)
     work.round_inputs(round_int8)

@@ -1,6 +1,7 @@
 """How far the quantized model is from the original: both ends' hidden states on the same text.
 
-Runs norm and head over two streams of states, a few rows at a time. Knows no layers.
+Runs norm and head over two streams of states, a few rows and a part of the vocabulary at a time:
+the token table is never in memory in float32. Knows no layers.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tgi_cli.kernels.backend import Backend
+from tgi_cli.kernels.ops import Ops
+from tgi_cli.model.batch import Batch
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.model.decoder import Decoder
-from tgi_cli.model.embedding import load_embedding, load_head
+from tgi_cli.model.embedding import Embedding, head_name
+from tgi_cli.model.linear import Linear
 from tgi_cli.model.norm import Norm
 from tgi_cli.model.vocabulary import WholeVocabulary
-from tgi_cli.quantize.convert.loading import float_loader
+from tgi_cli.quantize.convert.loading import stored_loader
 from tgi_cli.quantize.convert.stream import Stream
+from tgi_cli.quantize.formats.dense import StoredDense
 
-_ROWS = 128  # positions whose logits are in memory at once
+ROWS = 32  # positions whose logits, of both models, are in memory at once
+VOCABULARY = 1 << 14  # rows of the output matrix that are in float32 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +58,13 @@ class End:
     """
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
-        loader = float_loader(checkpoint, backend)
+        loader = stored_loader(checkpoint, backend)
         spec = checkpoint.spec
         self._device = backend.device
         self._norm = Norm.load(loader, spec.names.final_norm, spec.hidden_size, spec.norm)
-        embedding = load_embedding(loader, spec) if spec.tied_head else None
-        head = load_head(loader, spec, embedding)
+        matrix = loader.matrix([head_name(loader, spec)], [spec.vocab_size], spec.hidden_size)
+        assert isinstance(matrix, StoredDense)
+        head = _HeadInParts(backend.ops, matrix)
         self._decoder = Decoder(spec, (), None, None, head, WholeVocabulary())
 
     def logits(self, states: Tensor) -> Tensor:
@@ -83,18 +90,19 @@ class End:
         for (rows, old), (_, new) in zip(before.batches(), after.batches(), strict=True):
             following = tokens[rows, 1:].reshape(-1)
             states = [part[:, :-1].flatten(0, 1) for part in (old, new)]
-            for start in range(0, len(following), _ROWS):
-                chunk = slice(start, start + _ROWS)
+            for start in range(0, len(following), ROWS):
+                chunk = slice(start, start + ROWS)
                 wanted = following[chunk].to(self._device)
-                sums += _sums(self.logits(states[0][chunk]), self.logits(states[1][chunk]), wanted)
+                logits = self.logits(torch.cat([part[chunk] for part in states]))
+                logs = logits.log_softmax(-1)
+                sums += _sums(logs[: len(wanted)], logs[len(wanted) :], wanted)
                 count += len(wanted)
         nll_before, nll_after, divergence, agreeing = (sums / count).tolist()
         return Quality(math.exp(nll_before), math.exp(nll_after), divergence, agreeing, count)
 
 
 def _sums(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
-    """Negative log-likelihoods, divergence and agreements of these rows: [4] float64."""
-    before, after = before.log_softmax(-1), after.log_softmax(-1)
+    """Negative log-likelihoods, divergence and agreements from log-probabilities: [4] float64."""
     return torch.stack(
         [
             F.nll_loss(before, wanted, reduction="sum"),
@@ -105,10 +113,34 @@ def _sums(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
     ).to("cpu", torch.float64)
 
 
+class _HeadInParts(Linear):
+    """An output matrix that stays where it is stored."""
+
+    def __init__(self, ops: Ops, matrix: StoredDense) -> None:
+        super().__init__(ops, matrix)
+        self._matrix = matrix
+
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """See `Linear.forward`."""
+        size = self._matrix.out_features
+        logits = x.new_empty(len(x), size)
+        for start in range(0, size, VOCABULARY):
+            end = min(start + VOCABULARY, size)
+            part = self._matrix.float_rows(start, end).to(x.device)
+            logits[:, start:end] = self.ops.linear(x, part)
+        return logits
+
+
 def embed(checkpoint: Checkpoint, backend: Backend, tokens: Tensor, stream: Stream) -> Stream:
     """Write the states in front of layer 0 for `tokens` [samples, length]."""
-    embedding = load_embedding(float_loader(checkpoint, backend), checkpoint.spec)
+    spec = checkpoint.spec
+    loader = stored_loader(checkpoint, backend)
+    table = loader.matrix([spec.names.embedding], [spec.vocab_size], spec.hidden_size)
+    assert isinstance(table, StoredDense)
+    used, places = torch.unique(tokens, return_inverse=True)
+    rows = table.parts[0][used].to(backend.device, torch.float32)
+    embedding = Embedding(backend.ops, rows, spec.embedding_scale)
     writer = stream.writer(0)
     for row in range(len(tokens)):
-        writer.put(slice(row, row + 1), embedding.forward(tokens[row].to(backend.device))[None])
+        writer.put(slice(row, row + 1), embedding.forward(places[row].to(backend.device))[None])
     return writer.finish()

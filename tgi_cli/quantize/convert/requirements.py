@@ -11,6 +11,7 @@ from tgi_cli.errors import OutOfMemory
 from tgi_cli.hub_faults import gigabytes
 from tgi_cli.model.checkpoint import Checkpoint
 from tgi_cli.quantize.convert.layer_work import points_of
+from tgi_cli.quantize.convert.quality import ROWS, VOCABULARY
 from tgi_cli.quantize.convert.stream import batch_samples
 
 _PROGRAM = 500 << 20  # Python, torch and their libraries
@@ -56,9 +57,10 @@ def estimate(
     calibrated = calibration[0] > 0
     layer = max(_layer_bytes(checkpoint, calibrated, index) for index in range(len(spec.layers)))
     length = max(calibration[1], held_out[1])
-    table = math.prod(source.shape(spec.names.embedding)) * 4
-    # The head: its matrix, and log-probabilities of two models for a few rows.
-    ends = table + 6 * 128 * spec.vocab_size * 4
+    # The head: its matrix as stored, some of it in float32, and of a few rows of two models logits,
+    # log-probabilities and what their divergence takes.
+    part = min(VOCABULARY, spec.vocab_size) * spec.hidden_size
+    ends = source.nbytes(spec.names.embedding) + 4 * (part + 6 * ROWS * spec.vocab_size)
     memory = _PROGRAM + max(layer + _activation_bytes(checkpoint, length), ends)
     width = spec.hidden_size * 4
     held, calibrated_on = 2 * math.prod(held_out) * width, math.prod(calibration) * width

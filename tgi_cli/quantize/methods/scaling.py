@@ -19,6 +19,8 @@ from tgi_cli.quantize.methods.grid import fit
 from tgi_cli.quantize.methods.statistics import InputStatistics
 
 _STEPS = 20  # exponents tried between none and all of the activations' size
+#: Smoothing tries these, and then so far on both sides of the best, once more by each.
+_EXPONENTS, _NEARER = (0.1, 0.3, 0.5, 0.7, 0.9), (0.1, 0.05)
 _SMALLEST = 1e-4
 
 #: Makes scales that the producer can take, such as equal ones for heads that share a value head.
@@ -59,21 +61,31 @@ def awq_scales(
 def smoothing_scales(weight: Tensor, inputs: InputStatistics, tie: Tie) -> Tensor:
     """The scales s [columns] with the least error when rows of x and W are both int8.
 
-    Tries max|x|^a / max|w|^(1 - a); ones if none helps. Judged on a sample of the inputs.
+    Tries max|x|^a / max|w|^(1 - a), which is smooth in a; ones if none helps. Judged on a sample of
+    the inputs.
     """
     activity = tie(inputs.largest).clamp(min=_SMALLEST)
     size = tie(weight.abs().amax(0)).clamp(min=_SMALLEST)
     rows = inputs.sample
     wanted = rows @ weight.T
-    best = torch.ones_like(activity)
-    least = _int8_loss(weight, best, rows, wanted)
-    for step in range(2, 2 * _STEPS, 2):
-        exponent = step / (2 * _STEPS)
-        scales = _centred(activity**exponent / size ** (1 - exponent))
-        loss = _int8_loss(weight, scales, rows, wanted)
-        if loss < least:
-            best, least = scales, loss
-    return best
+    ones = torch.ones_like(activity)
+    found = {0.0: (_int8_loss(weight, ones, rows, wanted), ones)}
+
+    def attempt(exponent: float) -> None:
+        if 0 < exponent < 1 and exponent not in found:
+            scales = _centred(activity**exponent / size ** (1 - exponent))
+            found[exponent] = (_int8_loss(weight, scales, rows, wanted), scales)
+
+    def best() -> float:
+        return min(found, key=lambda exponent: found[exponent][0])
+
+    for exponent in _EXPONENTS:
+        attempt(exponent)
+    for distance in _NEARER if best() else ():
+        middle = best()
+        for side in (-distance, distance):
+            attempt(round(middle + side, 3))
+    return found[best()][1]
 
 
 def _centred(scales: Tensor) -> Tensor:

@@ -15,14 +15,21 @@ _BLOCK = 384  # columns of the moments that are added to together
 class InputStatistics:
     """Sums over all input rows seen so far.
 
+    Args:
+        columns: of a row.
+        device: of the rows.
+        moments: whether to sum those, which takes most of the time.
+
     Attributes:
         moments: [columns, columns] float32, sum of x xT over the rows x; exactly symmetric.
         largest: [columns], largest magnitude.
         count: rows seen.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._moments = torch.zeros(columns, columns, device=device)  # at and below the diagonal
+    def __init__(self, columns: int, device: torch.device, *, moments: bool = True) -> None:
+        self._sums_moments = moments
+        size = columns if moments else 0
+        self._moments = torch.zeros(size, size, device=device)  # at and below the diagonal
         self._whole = True
         self.largest = torch.zeros(columns, device=device)
         self.count = 0
@@ -32,7 +39,7 @@ class InputStatistics:
     def add(self, rows: Tensor) -> None:
         """Take in rows [n, columns]."""
         rows = rows.float()
-        columns = rows.shape[1]
+        columns = len(self._moments)
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
             self._moments[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
@@ -47,7 +54,9 @@ class InputStatistics:
 
     @property
     def moments(self) -> Tensor:
-        """See the class."""
+        """See the class. Raises `RuntimeError` where they were not to be summed."""
+        if not self._sums_moments:
+            raise RuntimeError("these statistics were gathered without moments")
         if not self._whole:
             self._moments.tril_()
             self._moments += self._moments.tril(-1).T
