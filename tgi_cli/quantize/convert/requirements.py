@@ -15,6 +15,7 @@ from tgi_cli.quantize.convert.quality import ROWS, VOCABULARY
 from tgi_cli.quantize.convert.stream import batch_samples
 
 _PROGRAM = 500 << 20  # Python, torch and their libraries
+_HELD = 1.1  # of what is in use: freed memory that waits to be used again
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def estimate(
     # log-probabilities and what their divergence takes.
     part = min(VOCABULARY, spec.vocab_size) * spec.hidden_size
     ends = source.nbytes(spec.names.embedding) + 4 * (part + 6 * ROWS * spec.vocab_size)
-    memory = _PROGRAM + max(layer + _activation_bytes(checkpoint, length), ends)
+    memory = _PROGRAM + int(_HELD * max(layer + _activation_bytes(checkpoint, length), ends))
     width = spec.hidden_size * 4
     held, calibrated_on = 2 * math.prod(held_out) * width, math.prod(calibration) * width
     stored = sum(map(source.nbytes, source.keys()))
