@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.golden.engine import make_core
 from tests.unit.runtime.test_memory_plan import planned
 from tgi_cli.engine.kv_cache import _PAGE, _REST, KVCache
+from tgi_cli.engine.messages import Request
 from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import open_checkpoint
+from tgi_cli.sampling import SamplingParams
 
 #: A block of the tiny model: 16 tokens, 2 heads of 16, float32; so many are in 2 MiB.
 PAGE = _PAGE // (16 * 2 * 16 * 4)
@@ -157,3 +160,18 @@ def test_a_system_that_cannot_is_asked_once(
         cache.rest()
         assert cache._thread is None
     assert caplog.text.count("not committed ahead") == 1
+
+
+def test_the_engine_says_when_it_rests(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(tiny_checkpoint("llama"))
+    said: list[str] = []
+    monkeypatch.setattr(KVCache, "begin", lambda cache: said.append("begin"))
+    monkeypatch.setattr(KVCache, "rest", lambda cache: said.append("rest"))
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    core.accept(Request(id="a", prompt_ids=[5, 6, 7], sampling=sampling))
+    while core.has_work():
+        core.step()
+    core.close()
+    assert said == ["begin", "rest"] * 3
