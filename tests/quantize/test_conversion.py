@@ -20,6 +20,7 @@ from tests.quantize.conversion import convert, job, samples
 from tests.quantize.stored import dense, oracle, quantization, tensors
 from tgi_cli.errors import OutOfMemory, UnsupportedModel, UsageError
 from tgi_cli.model.checkpoint import open_checkpoint
+from tgi_cli.model.weights import SafetensorsSource
 from tgi_cli.quantize.convert.requirements import Requirements
 from tgi_cli.quantize.methods.activations import round_fp8, round_int8
 
@@ -221,3 +222,13 @@ def test_the_stated_memory_is_not_exceeded(converted: Callable[..., Any]) -> Non
     needed = job(original, folder.parent / "other", "gptq", group_size=32).requirements
     assert needed.memory > 2 * (original / "model.safetensors").stat().st_size
     assert needed.disk > sum(file.stat().st_size for file in original.glob("*.safetensors"))
+
+
+def test_what_was_read_of_the_original_is_let_go(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(SafetensorsSource, "release", lambda source, key: released.append(key))
+    path = tiny_checkpoint("llama")
+    convert(job(path, tmp_path / "out", "fp8", calibrated=False))
+    assert sorted(released) == sorted(open_checkpoint(str(path)).source.keys())
