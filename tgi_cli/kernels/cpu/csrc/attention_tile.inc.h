@@ -9,7 +9,12 @@ constexpr int kScoreVectors = kTileKeys / kLanes;
 constexpr int kTileBlocks = kTileKeys / kBlock;
 constexpr int kFewRows = 4;         // up to so many rows wait for memory and look ahead
 constexpr float kHidden = -1e30f;   // finite, so that its difference to a maximum is no NaN
-constexpr float kLog2e = 1.44269504088896341f;
+
+// By exp: exact limits at both ends, since exp saturates.
+inline vf tanh(vf x) {
+  const vf e = exp(mul(set1(2.0f), max(min(x, set1(20.0f)), set1(-20.0f))));
+  return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
 
 alignas(64) constexpr float kKeyIndex[kTileKeys] = {
     0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,

@@ -1,18 +1,19 @@
 // What a GEMM does with a finished row of a panel, whatever form its weights have; and how it is split
 // into work items. Included once per instruction set, before the GEMMs.
 
-inline vf silu(vf x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
-
-// tanh by exp: exact limits at both ends, since exp saturates.
-inline vf tanh(vf x) {
-  const vf e = exp(mul(set1(2.0f), max(min(x, set1(20.0f)), set1(-20.0f))));
-  return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+// 1 / (1 + 2^x) to a few ulp of fp32.
+inline vf logistic(vf x) {
+  const vf power = exp2(max(min(x, set1(126.0f)), set1(-126.0f)));
+  return reciprocal(add(set1(1.0f), power));
 }
 
+inline vf silu(vf x) { return mul(x, logistic(mul(x, set1(-kLog2e)))); }
+
+// x * (1 + tanh(inner)) / 2, by 1 + tanh(y) = 2 / (1 + exp(-2 y)).
 inline vf gelu_tanh(vf x) {
   const vf cube = mul(mul(x, x), x);
   const vf inner = mul(set1(0.7978845608028654f), fma(set1(0.044715f), cube, x));
-  return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
+  return mul(x, logistic(mul(inner, set1(-2.0f * kLog2e))));
 }
 
 inline void store_tail(const Gemm& g, int64_t row, int64_t col, const float* values, int count) {
@@ -26,50 +27,69 @@ inline void store_tail(const Gemm& g, int64_t row, int64_t col, const float* val
   }
 }
 
-// One row of one panel: bias, then the epilogue. A call of its own: inlined into the tiles it makes the
-// compiler spill their accumulators.
-__attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, int64_t panel, const vf* acc_in) {
+// Asks for the lines of the result that a tile is going to write, so that they are there when it ends.
+inline void expect_result(const Gemm& g, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  const auto epilogue = static_cast<Epilogue>(g.epilogue);
+  const bool is_float = epilogue == Epilogue::kStoreFloat || epilogue == Epilogue::kAddFloat;
+  const bool halved = epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluTanhMul;
+  const int64_t size = is_float ? 4 : 2, width = kPanel / (halved ? 2 : 1);
+  auto* at = static_cast<char*>(g.out) + (row * g.ldo + panel * width) * size;
+  for (int64_t r = 0; r < rows; ++r, at += g.ldo * size)
+    for (int64_t line = 0; line < panels * width * size; line += 64) prefetch_written(at + line);
+}
+
+inline void add_bias(const Gemm& g, int64_t rows, int64_t col, const vf* acc_in, int64_t stride, vf* acc) {
   constexpr int kPer = kPanel / kLanes;
-  const int64_t col = panel * kPanel;
-  vf acc[kPer];
-  for (int v = 0; v < kPer; ++v) acc[v] = acc_in[v];
-  if (g.bias != nullptr)
-    for (int v = 0; v < kPer; ++v) {
-      float b[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t c = col + v * kLanes + i;
-        b[i] = c < g.w.n ? g.bias[c] : 0.0f;
-      }
-      acc[v] = add(acc[v], load(b));
+  for (int v = 0; v < kPer; ++v) {
+    float b[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t c = col + v * kLanes + i;
+      b[i] = c < g.w.n ? g.bias[c] : 0.0f;
     }
-  switch (static_cast<Epilogue>(g.epilogue)) {
-    case Epilogue::kSiluMul:
-    case Epilogue::kGeluTanhMul: {
-      bf16* out = static_cast<bf16*>(g.out) + row * g.ldo + col / 2;
-      const bool is_silu = g.epilogue == static_cast<int32_t>(Epilogue::kSiluMul);
+    for (int64_t r = 0; r < rows; ++r) acc[r * kPer + v] = add(acc_in[r * stride + v], load(b));
+  }
+}
+
+// Some rows of one panel, `stride` vectors apart: bias, then the epilogue. A call of its own: inlined into
+// the tiles it makes the compiler spill their accumulators.
+__attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, int64_t rows, int64_t panel,
+                                                  const vf* acc, int64_t stride) {
+  constexpr int kPer = kPanel / kLanes, kMost = std::max({kMaxRows, kCodeRows, kQuantRows});
+  const int64_t col = panel * kPanel;
+  vf biased[kMost * kPer];
+  if (g.bias != nullptr) {
+    add_bias(g, rows, col, acc, stride, biased);
+    acc = biased;
+    stride = kPer;
+  }
+  const auto epilogue = static_cast<Epilogue>(g.epilogue);
+  if (epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluTanhMul) {
+    bf16* out = static_cast<bf16*>(g.out) + row * g.ldo + col / 2;
+    for (int64_t r = 0; r < rows; ++r, acc += stride, out += g.ldo)
       for (int v = 0; v < kPer / 2; ++v) {
-        const vf gate = is_silu ? silu(acc[v]) : gelu_tanh(acc[v]);
+        const vf gate = epilogue == Epilogue::kSiluMul ? silu(acc[v]) : gelu_tanh(acc[v]);
         store_bf16(out + v * kLanes, mul(gate, acc[v + kPer / 2]));
       }
-      return;
+  } else if (col + kPanel > g.w.n) {
+    for (int64_t r = 0; r < rows; ++r, acc += stride) {
+      float values[kPanel];
+      for (int v = 0; v < kPer; ++v) store(values + v * kLanes, acc[v]);
+      store_tail(g, row + r, col, values, static_cast<int>(g.w.n - col));
     }
-    default:
-      break;
-  }
-  if (col + kPanel > g.w.n) {
-    float values[kPanel];
-    for (int v = 0; v < kPer; ++v) store(values + v * kLanes, acc[v]);
-    store_tail(g, row, col, values, static_cast<int>(g.w.n - col));
-    return;
-  }
-  for (int v = 0; v < kPer; ++v) {
-    const int64_t at = row * g.ldo + col + v * kLanes;
-    if (g.epilogue == static_cast<int32_t>(Epilogue::kStoreBf16)) {
-      store_bf16(static_cast<bf16*>(g.out) + at, acc[v]);
-    } else {
-      float* out = static_cast<float*>(g.out) + at;
-      store(out, g.epilogue == static_cast<int32_t>(Epilogue::kAddFloat) ? add(load(out), acc[v]) : acc[v]);
-    }
+  } else if (epilogue == Epilogue::kStoreBf16) {
+    bf16* out = static_cast<bf16*>(g.out) + row * g.ldo + col;
+    for (int64_t r = 0; r < rows; ++r, acc += stride, out += g.ldo)
+#pragma GCC unroll 16
+      for (int v = 0; v < kPer; ++v) store_bf16(out + v * kLanes, acc[v]);
+  } else {
+    float* out = static_cast<float*>(g.out) + row * g.ldo + col;
+    const bool adds = epilogue == Epilogue::kAddFloat;
+    for (int64_t r = 0; r < rows; ++r, acc += stride, out += g.ldo)
+#pragma GCC unroll 16
+      for (int v = 0; v < kPer; ++v) {
+        float* at = out + v * kLanes;
+        store(at, adds ? add(load(at), acc[v]) : acc[v]);
+      }
   }
 }
 
@@ -90,20 +110,31 @@ struct PanelRuns {
   }
 };
 
-// Calls block(row, rows, panel, panels, worker) for all of an [m, n] result. `row_block` rows share a visit of
-// a panel; `group` panels make a tile. Few rows: each item streams a run of panels. Many rows: one
-// group of panels at a time, used again by a block of rows.
+// A part of an [m, n] result for one thread. `next` is the panel that it will probably need after these, or
+// -1 if that is one of them or none.
+struct Part {
+  int64_t row, rows, panel, panels, next;
+  int worker;
+
+  // What to fetch while `count` panels from `at` on are in work.
+  int64_t after(int64_t at, int64_t count) const { return at + count < panel + panels ? at + count : next; }
+};
+
+// Calls block(part) for all of an [m, n] result. `row_block` rows share a visit of a panel; `group` panels
+// make a tile. Few rows: each item streams a run of panels. Many rows: one group of panels at a time, used
+// again by a block of rows.
 template <class Block>
 inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t group, const Block& block) {
   if (g.m <= 0) return;
   const int64_t panels = (g.w.n + kPanel - 1) / kPanel;
   const int64_t row_blocks = (g.m + row_block - 1) / row_block;
+  row_block = (g.m + row_blocks - 1) / row_blocks;  // of one size, so that threads end together
   // bf16 panels are large: there short runs cost more than they give.
   if (g.m == 1 && static_cast<Form>(g.w.form) != Form::kBf16) {
     const PanelRuns runs((panels + group - 1) / group, pool.size());
     pool.parallel(runs.count, [&](int64_t item, int worker) {
       const int64_t first = runs.first[item] * group, end = std::min(runs.first[item + 1] * group, panels);
-      block(0, 1, first, end - first, worker);
+      block(Part{0, 1, first, end - first, -1, worker});
     });
     return;
   }
@@ -117,7 +148,8 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
   pool.parallel(chunks * row_blocks, [&](int64_t item, int worker) {
     const int64_t row = item % row_blocks * row_block;
     const int64_t panel = item / row_blocks * chunk;
-    block(row, row + row_block <= g.m ? row_block : g.m - row, panel,
-          panel + chunk < panels ? chunk : panels - panel, worker);
+    const int64_t next = (item + pool.size()) / row_blocks * chunk;  // if threads go on in step
+    block(Part{row, std::min(row_block, g.m - row), panel, std::min(chunk, panels - panel),
+               next > panel && next < panels ? next : -1, worker});
   });
 }

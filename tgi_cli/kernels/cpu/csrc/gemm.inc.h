@@ -21,9 +21,13 @@ constexpr int ahead_lines(int rows, int64_t bytes) {
   return static_cast<int>((bytes / 64 + tiles - 1) / tiles);
 }
 
-inline Lookahead tile_ahead(const char* next, int64_t tile, int64_t steps, int64_t height, int64_t bytes, bool more) {
+// `next`: the panels to fetch, or null for none: then a line of the tile's `own`, as an address that is not
+// mapped would be looked up in vain each time.
+inline Lookahead tile_ahead(const void* next, const void* own, int64_t tile, int64_t steps, int64_t height,
+                            int64_t bytes) {
+  if (next == nullptr) return {static_cast<const char*>(own), 0};
   const int64_t stride = ahead_lines(static_cast<int>(height), bytes) * 64;
-  return more ? Lookahead{next + tile * steps * stride, stride} : Lookahead{next - 64, 0};
+  return {static_cast<const char*>(next) + tile * steps * stride, stride};
 }
 
 constexpr int64_t kAheadBytes = 4096;  // what a single row, which waits for memory alone, looks ahead
@@ -61,25 +65,27 @@ inline void gemm_rows(const Gemm& g, const bf16* w, int64_t row, int64_t panel, 
   constexpr int kPer = kPanel / kLanes;
   vf acc[kRows][kPanels * kPer], whole[kRows][kPanels * kPer];
   const int64_t k = g.w.k;
+  if (kRows > 1) expect_result(g, row, kRows, panel, kPanels);
   gemm_tile<kRows, kPanels>(g.x + row * g.ldx, g.ldx, w, k * kPanel, k, ahead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)  // a copy in memory, so that the accumulators need not be there
 #pragma GCC unroll 16
     for (int v = 0; v < kPanels * kPer; ++v) whole[r][v] = acc[r][v];
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) gemm_finish(g, row + r, panel + p, whole[r] + p * kPer);
+  for (int p = 0; p < kPanels; ++p) gemm_finish(g, row, kRows, panel + p, whole[0] + p * kPer, kPanels * kPer);
 }
 
-// `w`: the panels' weights. `more`: those behind them are this thread's next work.
+// `next`: the panel from which to fetch meanwhile, or -1.
 template <int kPanels>
-inline void gemm_block(const Gemm& g, const bf16* w, int64_t row, int64_t rows, int64_t panel, bool more) {
+inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel, int64_t next) {
   // Tiles of nearly equal heights: 8 rows are 4 and 4 and not 6 and 2.
   const int64_t all = (rows + kMaxRows - 1) / kMaxRows;
   const int64_t steps = g.w.k / 2;
-  const auto* next = reinterpret_cast<const char*>(w + kPanels * g.w.k * kPanel);
+  const auto* data = static_cast<const bf16*>(g.w.data);
+  const bf16* w = data + panel * g.w.k * kPanel;
+  const bf16* fetched = next < 0 ? nullptr : data + next * g.w.k * kPanel;
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
-    const Lookahead ahead = tile_ahead(next, tile, steps, height, kPanels * kPanel * 4, more);
+    const Lookahead ahead = tile_ahead(fetched, w, tile, steps, height, kPanels * kPanel * 4);
     with_count<kMaxRows>(height,
                          [&](auto n) { gemm_rows<decltype(n)::value, kPanels>(g, w, row, panel, ahead); });
     row += height;
@@ -88,14 +94,13 @@ inline void gemm_block(const Gemm& g, const bf16* w, int64_t row, int64_t rows, 
 }
 
 inline void gemm_bf16(Pool& pool, const Gemm& g) {
-  split_work(pool, g, kMaxRows * 16, kGroup, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int) {
-    for (const int64_t end = panel + panels; panel < end; panel += kGroup) {
-      const bf16* w = static_cast<const bf16*>(g.w.data) + panel * g.w.k * kPanel;
+  split_work(pool, g, kMaxRows * 16, kGroup, [&](const Part& part) {
+    const int64_t end = part.panel + part.panels;
+    for (int64_t panel = part.panel; panel < end; panel += kGroup)
       if (panel + kGroup <= end)
-        gemm_block<kGroup>(g, w, row, rows, panel, panel + kGroup < end);
+        gemm_block<kGroup>(g, part.row, part.rows, panel, part.after(panel, kGroup));
       else
-        gemm_block<1>(g, w, row, rows, panel, false);
-    }
+        gemm_block<1>(g, part.row, part.rows, panel, -1);
   });
 }
 

@@ -207,6 +207,7 @@ inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64
   const int64_t runs = g.w.k / kRun;
   const uint8_t* w = G::codes(g.w, panel, 0);
   vf whole[kRows][kPer];
+  if (kRows > 1) expect_result(g, row, kRows, panel, 1);
 #pragma GCC unroll 4
   for (int first = 0; first < kPer; first += kVectors) {
     vf acc[kRows][kVectors];
@@ -219,21 +220,20 @@ inline void grouped_rows(const Gemm& g, const Activations* x, int64_t row, int64
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) whole[r][first + v] = acc[r][v];
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel, whole[r]);
+  gemm_finish(g, row, kRows, panel, whole[0], kPer);
 }
 
-// `more`: the next panel is this thread's next work.
+// `next`: the panel to fetch meanwhile, or -1.
 template <class G>
-inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int64_t rows, int64_t panel, bool more) {
+inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int64_t rows, int64_t panel, int64_t next) {
   // Tiles of nearly equal heights: 8 rows are 4 and 4 and not 6 and 2.
   constexpr int kMost = most_rows<G>();
   const int64_t all = (rows + kMost - 1) / kMost;
   const int64_t runs = g.w.k / kRun;
-  const auto* next = reinterpret_cast<const char*>(G::codes(g.w, panel + 1, 0));
+  const uint8_t* fetched = next < 0 ? nullptr : G::codes(g.w, next, 0);
   for (int64_t tile = 0; tile < all; ++tile) {
     const int64_t height = (rows + all - tile - 1) / (all - tile);
-    const Lookahead ahead = tile_ahead(next, tile, runs, height, G::kGroupBytes, more);
+    const Lookahead ahead = tile_ahead(fetched, G::codes(g.w, panel, 0), tile, runs, height, G::kGroupBytes);
     with_count<kMost>(height, [&](auto n) { grouped_rows<G, decltype(n)::value>(g, x, row, panel, ahead); });
     row += height;
     rows -= height;
@@ -253,9 +253,9 @@ inline void gemm_grouped(Pool& pool, const Gemm& g, G) {
         quantize_run<G>(run_of(g, row, i, run), x + row * runs + i);
       }
   });
-  split_work(pool, g, most_rows<G>() * 16, 1, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int) {
-    for (int64_t end = panel + panels; panel < end; ++panel)
-      grouped_block<G>(g, x, row, rows, panel, panel + 1 < end);
+  split_work(pool, g, most_rows<G>() * 16, 1, [&](const Part& part) {
+    for (int64_t panel = part.panel; panel < part.panel + part.panels; ++panel)
+      grouped_block<G>(g, x, part.row, part.rows, panel, part.after(panel, 1));
   });
 }
 

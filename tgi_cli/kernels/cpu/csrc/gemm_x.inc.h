@@ -265,18 +265,18 @@ inline void stream_rows(const Gemm& g, const Stream& s, const TileSource& source
   constexpr int kPer = kPanel / kLanes;
   constexpr int kVectors = kRows == 1 ? kLoneVectors : kQuantVectors;
   vf acc[kPanels * kRows * kPer];
+  if (kRows > 1) expect_result(g, row, kRows, panel, kPanels);
   for (int first = 0; first < kPer; first += kVectors) {
     stream_tile<Kind, kRows, kPanels, kVectors>(s, source, first, ahead, acc);
     ahead.step = ahead.tail = 0;
   }
-  for (int p = 0; p < kPanels; ++p)
-    for (int r = 0; r < kRows; ++r) gemm_finish(g, row + r, panel + p, acc + (p * kRows + r) * kPer);
+  for (int p = 0; p < kPanels; ++p) gemm_finish(g, row, kRows, panel + p, acc + p * kRows * kPer, kPer);
 }
 
-// kPanels panels for all rows, kMost at a time. `more`: those behind are this thread's next work.
+// kPanels panels for all rows, kMost at a time. `next`: the packed panels to fetch meanwhile, or null.
 template <class Kind, int kPanels, int kMost>
 inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given, TileSource source, int64_t row,
-                         int64_t rows, int64_t panel, const uint8_t* next, bool more) {
+                         int64_t rows, int64_t panel, const uint8_t* next) {
   // Tiles of nearly equal heights: 10 rows are 5 and 5 and not 8 and 2.
   const int64_t all = (rows + kMost - 1) / kMost;
   const int64_t share = (s.groups * s.group_bytes + all - 1) / all;
@@ -286,7 +286,7 @@ inline void stream_block(const Gemm& g, const Stream& s, const PairedRows& given
     source.x = given.x + row * given.ldx;
     source.sums = given.sums + row * s.groups;
     StreamAhead ahead = {reinterpret_cast<const char*>(next), 0, 0, nullptr, 0};
-    if (more) ahead = {ahead.at + tile * share, step, 0, nullptr, 0};
+    if (next != nullptr) ahead = {ahead.at + tile * share, step, 0, nullptr, 0};
     with_count<kMost>(height, [&](auto n) {
       stream_rows<Kind, decltype(n)::value, kPanels>(g, s, source, row, panel, ahead);
     });
@@ -342,27 +342,29 @@ inline void gemm_stream(Pool& pool, const Gemm& g, const Stream& s) {
     for (int64_t row = item * kRows; row < end; ++row) pair_row(g, s, row, given);
   });
   const int64_t group = decodes ? kGroup : few ? code_panels(static_cast<int>(g.m)) : 1;
-  split_work(pool, g, kCodeRows * 16, group, [&](int64_t row, int64_t rows, int64_t panel, int64_t panels, int worker) {
-    for (const int64_t end = panel + panels; panel < end;) {
+  split_work(pool, g, kCodeRows * 16, group, [&](const Part& part) {
+    const int64_t row = part.row, rows = part.rows, end = part.panel + part.panels;
+    for (int64_t panel = part.panel; panel < end;) {
       const int64_t count = panel + group <= end ? group : 1;
       const auto* packed = static_cast<const uint8_t*>(g.w.data) + panel * panel_bytes;
-      const auto* next = packed + count * panel_bytes;
+      const int64_t after = part.after(panel, count);
+      const uint8_t* next = after < 0 ? nullptr : packed + (after - panel) * panel_bytes;
       TileSource source = {given.x,       given.sums,  ldx,        packed, packed + s.code_bytes,
                            s.group_bytes, panel_bytes, panel_bytes};
       if (decodes) {
-        uint8_t* own = memory + worker * kGroup * decoded;
+        uint8_t* own = memory + part.worker * kGroup * decoded;
         for (int64_t p = 0; p < count; ++p) decode_panel<Kind>(s, packed + p * panel_bytes, own + p * decoded);
         source.codes = own;
         source.code_stride = decoded / s.groups;
         source.panel_stride = decoded;
         if (count == 1)
-          stream_block<DecodedCodes, 1, kDecodedRows>(g, s, given, source, row, rows, panel, next, panel + 1 < end);
+          stream_block<DecodedCodes, 1, kDecodedRows>(g, s, given, source, row, rows, panel, next);
         else if constexpr (kGroup > 1)
-          stream_block<DecodedCodes, kGroup, kDecodedRows>(g, s, given, source, row, rows, panel, next, panel + count < end);
+          stream_block<DecodedCodes, kGroup, kDecodedRows>(g, s, given, source, row, rows, panel, next);
       } else if (few) {
         stream_few<Kind>(g, s, source, panel, count);
       } else {
-        stream_block<Kind, 1, kCodeRows>(g, s, given, source, row, rows, panel, next, panel + 1 < end);
+        stream_block<Kind, 1, kCodeRows>(g, s, given, source, row, rows, panel, next);
       }
       panel += count;
     }

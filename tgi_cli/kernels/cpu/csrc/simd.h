@@ -25,11 +25,13 @@
 
 namespace tgi::TGI_NS {
 
+constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kLineVectors = 16 / kLanes;  // vectors in a cache line
 
 // Into the second-level cache: it has more misses in flight, and what is fetched is wanted much later.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the first-level cache
+inline void prefetch_written(void* p) { __builtin_prefetch(p, 1, 3); }      // likewise, to be written
 
 // Calls call(std::integral_constant<int, n>{}) where 1 <= n <= kMost.
 template <int kMost, class Call>
@@ -60,7 +62,7 @@ inline bf16 to_bf16(float f) {
 inline vf exp(vf x) {
   const vf low = set1(-87.0f);
   const vf clamped = min(max(x, low), set1(88.0f));
-  const vf n = round_even(mul(clamped, set1(1.44269504088896341f)));
+  const vf n = round_even(mul(clamped, set1(kLog2e)));
   vf r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
   vf p = set1(1.9875691500e-4f);
@@ -102,7 +104,7 @@ inline vi e4m3_pair(Vector codes, int i) {
   return exact_pairs(from_e4m3(words), from_e4m3(shift_right(words, 16)));
 }
 
-// 2^x for x <= 0 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.
+// 2^x for x <= 127 to about 2 ulp of fp32: 1 at 0 exactly, and 0 far below. Degree-5 minimax polynomial.
 inline vf exp2(vf x) {
   if (!kScalesToZero) x = max(set1(-127.0f), x);  // the second if it is NaN
   const vf n = round_even(x);

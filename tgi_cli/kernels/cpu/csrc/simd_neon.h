@@ -37,6 +37,7 @@ inline vf add(vf a, vf b) { return vaddq_f32(a, b); }
 inline vf sub(vf a, vf b) { return vsubq_f32(a, b); }
 inline vf mul(vf a, vf b) { return vmulq_f32(a, b); }
 inline vf div(vf a, vf b) { return vdivq_f32(a, b); }
+inline vf reciprocal(vf x) { return div(set1(1.0f), x); }
 inline vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 inline vf max(vf a, vf b) { return vmaxq_f32(a, b); }
 inline vf min(vf a, vf b) { return vminq_f32(a, b); }
