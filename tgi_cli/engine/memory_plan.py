@@ -27,6 +27,7 @@ from tgi_cli.engine.precision import (
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.kernels.kv_rows import kv_dtype_name, row_width
+from tgi_cli.kernels.reference import SCORES_AT_ONCE
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, KVGroup
@@ -214,7 +215,14 @@ def plan(
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
     kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype)
     sizing = _Sizing(
-        part.local, config, dtype, kv_dtype, max_len, native=native, adapted=adapters > 0
+        part.local,
+        config,
+        dtype,
+        kv_dtype,
+        max_len,
+        native=native,
+        adapted=adapters > 0,
+        holds_scores=backend.device.type != "cpu",
     )
     if told is not None:
         tokens = told
@@ -261,9 +269,11 @@ class _Sizing:
         *,
         native: bool,
         adapted: bool,
+        holds_scores: bool,
     ) -> None:
         self._native = native
         self._adapted = adapted
+        self._holds_scores = holds_scores  # of plain attention too
         self._spec = spec
         self._dtype = dtype
         self._kv_dtype = kv_dtype
@@ -333,8 +343,20 @@ class _Sizing:
             elements = 2 * group.num_kv_heads * group.head_dim
             # codes of 8 bits are multiplied by their scales on the way
             size = 4 + self._kv_dtype.itemsize + (4 if self._kv_dtype.itemsize == 1 else 0)
-            most = max(most, max(decode, prompt) * elements * size)
+            scores = max(self._scores(index, chunk, prompt) for index in group.layers)
+            most = max(most, max(decode * elements * size, prompt * elements * size + scores))
         return most
+
+    def _scores(self, index: int, chunk: int, keys: int) -> int:
+        """What a layer's attention holds over a prompt: scores, masked ones, weights.
+
+        And keys and values repeated for every query head.
+        """
+        part = self._spec.layers[index].attention
+        if not (self._holds_scores or part.softcap is not None or part.sinks or part.alibi):
+            return 0
+        scores = min(part.num_heads * chunk * keys, SCORES_AT_ONCE)
+        return 4 * (3 * scores + 2 * part.num_heads * part.head_dim * keys)
 
     def _token_bytes(self, group: KVGroup) -> int:
         width = row_width(group.head_dim, self._kv_dtype)

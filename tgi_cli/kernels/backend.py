@@ -200,6 +200,8 @@ def select(device: str = "auto", *, num_threads: int | None = None, local_rank: 
             f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}",
             hint="use at most as many shards as there are GPUs",
         )
+    if on_gpu:  # also where the environment asks for TF32, which keeps 10 bits of 23
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     native = None if on_gpu else load()
     variants = native.variants() if native else []
     return Backend(
