@@ -64,9 +64,7 @@ def parse() -> argparse.Namespace:
 
 def capital(llm: LLM) -> str:
     sampling = SamplingParams(temperature=0.0, max_tokens=16)
-    prompt = (
-        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     return llm.generate(prompt, sampling)[0].text
 
 
@@ -85,7 +83,7 @@ def profile(llm: LLM, clients: int) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         seconds = timed(llm, clients, 4, steps)
     kernels = [each for each in profiler.events() if each.device_type.name == "CUDA"]
-    busy = sum(each.device_time for each in kernels) / 1e3
+    busy = sum(each.time_range.elapsed_us() for each in kernels) / 1e3
     return {
         "clock ms": round(1e3 * seconds / steps, 2),
         "gpu ms": round(busy / steps, 2),

@@ -137,7 +137,7 @@ def _check(func: Any, args: Any, tensors: list[Tensor]) -> None:
     if func in _COPIES:
         return
     if func in _INDEXED:
-        home, indices, *values = args
+        home, _, *values = args
         if not isinstance(home, Claimed):
             raise RuntimeError(f"{func}: indices on the GPU for a tensor on the CPU")
         tensors = [each for each in values if isinstance(each, Tensor)]

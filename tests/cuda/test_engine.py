@@ -42,9 +42,7 @@ def test_greedy_tokens_of_transformers(family: str, tiny_checkpoint: Callable[..
     """Alone, in batches that change, in chunks: whatever runs beside a sequence."""
     folder = tiny_checkpoint(family)
     agreement = Agreement(transformers_on_gpu(folder), max_gap=1e-3)
-    requests = [
-        request_of(f"r{n}", prompt_of(n), max_tokens=NEW, ignore_eos=True) for n in LENGTHS
-    ]
+    requests = [request_of(f"r{n}", prompt_of(n), max_tokens=NEW, ignore_eos=True) for n in LENGTHS]
     expected = {
         request.id: reference_tokens(agreement.model, request.prompt_ids, NEW)
         for request in requests

@@ -147,7 +147,7 @@ def test_adapters(
 def test_a_decode_step_reads_its_tokens_and_nothing_else(
     tiny_checkpoint: Callable[..., Path], gpu: PretendedGpu
 ) -> None:
-    """The host waits for the device twice a step: for the tokens, and whether they mean anything."""
+    """The host waits twice a step: for the tokens, and whether they mean anything."""
     core = make_core(tiny_checkpoint("llama"))
     for number in range(4):
         core.accept(request_of(f"r{number}", range(3, 9 + number), max_tokens=20, ignore_eos=True))

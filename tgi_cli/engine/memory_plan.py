@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from tgi_cli import model_path
@@ -55,7 +54,7 @@ class KVGroupPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """All in bytes unless the name says otherwise.
+    """All in bytes unless the name says otherwise; of a GPU's memory where the model runs on one.
 
     `baseline_bytes` is what this process holds already, so it is not in `needed_bytes`, which is
     compared with `free_bytes`. On a CPU, KV pages count against memory from their first use on.
@@ -246,7 +245,7 @@ def plan(
         weights_bytes=weights,
         adapter_bytes=adapters,
         activation_bytes=sizing.activations(tokens),
-        baseline_bytes=int(psutil.Process().memory_info().rss),  # type: ignore[no-untyped-call]
+        baseline_bytes=backend.held_memory(),
         free_bytes=free,
     )
 
@@ -348,15 +347,16 @@ class _Sizing:
         return most
 
     def _scores(self, index: int, chunk: int, keys: int) -> int:
-        """What a layer's attention holds over a prompt: scores, masked ones, weights.
+        """What a layer's attention holds over a prompt beside the keys and values it gathers.
 
-        And keys and values repeated for every query head.
+        Scores, their softmax before and after rows without keys are cleared, and masks; keys and
+        values repeated for every query head.
         """
         part = self._spec.layers[index].attention
         if not (self._holds_scores or part.softcap is not None or part.sinks or part.alibi):
             return 0
         scores = min(part.num_heads * chunk * keys, SCORES_AT_ONCE)
-        return 4 * (3 * scores + 2 * part.num_heads * part.head_dim * keys)
+        return 4 * (4 * scores + 2 * part.num_heads * part.head_dim * keys)
 
     def _token_bytes(self, group: KVGroup) -> int:
         width = row_width(group.head_dim, self._kv_dtype)

@@ -65,6 +65,12 @@ class Backend:
         within = cgroup_headroom()
         return (available if within is None else min(available, within)) // ranks
 
+    def held_memory(self) -> int:
+        """Bytes of that memory this process has already."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self.device))
+        return int(psutil.Process().memory_info().rss)  # type: ignore[no-untyped-call]
+
     def allocate_kv(
         self,
         num_blocks: int,

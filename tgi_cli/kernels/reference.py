@@ -202,7 +202,7 @@ def _prefill(
                 queries, keys, values, mask, scale=scale, enable_gqa=True
             )[0]
         else:
-            grouped = queries.unflatten(1, (keys.shape[1], -1))
+            grouped = queries.view(1, keys.shape[1], -1, queries.shape[2], head_dim)
             scores = (grouped * scale) @ keys.transpose(-1, -2).unsqueeze(2)
             distances = (key_positions - query_positions[rows])[None, None, None]
             weights = _softmax(scores, mask, distances, softcap, sinks, slopes)
