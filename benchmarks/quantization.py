@@ -10,7 +10,7 @@ that is not named is left out. Every result is loaded by tgi in float32 and meas
 held-out tokens, so that the weights alone are compared; for INT8 and FP8 `tgi quantize` itself
 reports what rounded activations cost. Time and memory are those of the whole process; seconds of
 processor time say more than those of the clock where other things run too. A result that is in
-WORK already is measured again, not made again.
+WORK already is measured again, not made again. With `--device cuda` all of it runs on a GPU.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.quantize.convert.calibration import Samples
 from tgi_cli.quantize.convert.job import Job
 from tgi_cli.quantize.convert.recipe import Recipe
-model, out, method, group, tokens = sys.argv[1:]
+model, out, method, group, tokens, device = sys.argv[1:]
 rows = torch.tensor(json.loads(Path(tokens).read_text()))
 recipe = Recipe.choose(method, None, int(group) if method in ("gptq", "awq") else None)
 seen = Samples(rows, "tokens")
 # One short sample to measure on: what tgi does beyond quantizing is not timed.
 probe = Samples(rows[:1, :32], "tokens")
-job = Job(open_checkpoint(model), recipe, seen, probe, select("cpu"), Path(out))
+job = Job(open_checkpoint(model), recipe, seen, probe, select(device), Path(out))
 job.run(lambda progress: None)
 job.clean()
 """
@@ -68,11 +68,11 @@ import json, sys
 from pathlib import Path
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
-model, out, method, group, tokens = sys.argv[1:]
+model, out, method, group, tokens, device = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
 options = {"gptq": {"sym": True}, "awq": {"quant_method": "awq", "format": "gemm", "sym": False}}
 config = QuantizeConfig(bits=4, group_size=int(group), desc_act=False, **options[method])
-loaded = GPTQModel.load(model, config, device="cpu")
+loaded = GPTQModel.load(model, config, device=device)
 loaded.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
 loaded.save(out)
 """
@@ -84,7 +84,7 @@ import torch
 from awq import AutoAWQForCausalLM
 from awq.quantize import quantizer
 from awq.utils import calib_data
-model, out, method, group, tokens = sys.argv[1:]
+model, out, method, group, tokens, device = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
 # Its own loader wants text; these are the tokens that the others see.
 quantizer.get_calib_dataset = lambda **kw: [torch.tensor([row]) for row in rows]
@@ -107,7 +107,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 # Its AWQ pins memory for an accelerator, which fails where there is none.
 IntermediatesCache.pin_memory = lambda *a, **kw: None
-model, out, method, group, tokens = sys.argv[1:]
+model, out, method, group, tokens, device = sys.argv[1:]
 rows = json.loads(Path(tokens).read_text())
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
 weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": int(group)}
@@ -187,9 +187,9 @@ def main() -> None:
     )
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps(seen.tokens.tolist()))
-    original = Measured(arguments.model, held_out.tokens)
+    original = Measured(arguments.model, held_out.tokens, arguments.device)
     kept = work / f"original-{held_out.digest[:8]}.pt"
-    true = torch.load(kept) if kept.exists() else original.states()
+    true = torch.load(kept, map_location=arguments.device) if kept.exists() else original.states()
     torch.save(true, kept)
     before = original.perplexity(true)
     print(f"{len(seen.tokens)} x {seen.shape[1]} tokens of calibration", flush=True)
@@ -197,7 +197,7 @@ def main() -> None:
     results = []
     for method in arguments.methods:
         if method in ROUNDINGS:
-            alone = Measured(arguments.model, held_out.tokens)
+            alone = Measured(arguments.model, held_out.tokens, arguments.device)
             alone.round_inputs(ROUNDINGS[method])
             after = alone.perplexity(alone.states())
             print(
@@ -235,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out-text", metavar="FILE", help="the same for what is measured on")
     parser.add_argument("--held-out", type=int, default=64, help="samples of 512 tokens")
     parser.add_argument("--tools", nargs="+", help="only these")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for all of them")
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--autoawq", metavar="PYTHON")
@@ -272,7 +273,8 @@ def measured(
         # `env`: GPT-QModel's pools want two workers, also where there are fewer cores.
         command = ["env", "GPTQMODEL_CPU_WORKERS=2", tool.python, "-c", tool.program]
         model = str(Path(arguments.model).resolve())
-        options = [model, str(out), method, str(arguments.group_size), str(tokens)]
+        group, device = str(arguments.group_size), arguments.device
+        options = [model, str(out), method, group, str(tokens), device]
         with out.with_suffix(".log").open("w") as log:
             code, cost = run([*command, *options], tokens.parent, log)
         if code:
@@ -280,7 +282,7 @@ def measured(
             return Result(tool.name, method, failure=lines[-1][:200])
         figures.write_text(json.dumps(asdict(cost)))
     cost = Cost(**json.loads(figures.read_text()))
-    model = Measured(str(out), original.samples)
+    model = Measured(str(out), original.samples, arguments.device)
     perplexity, divergence = model.against(original, true)
     rounded = None
     if method in ROUNDINGS:
@@ -313,10 +315,10 @@ def run(command: list[str], folder: Path, log: object) -> tuple[int, Cost]:
 class Measured:
     """A model in float32 on fixed samples [count, length], one sample at a time."""
 
-    def __init__(self, folder: str, samples: torch.Tensor) -> None:
-        self.samples = samples
+    def __init__(self, folder: str, samples: torch.Tensor, device: str = "cpu") -> None:
+        self.samples = samples.to(device)
         self._checkpoint = open_checkpoint(folder).for_length(max(256, samples.shape[1]))
-        self._backend = select("cpu")
+        self._backend = select(device)
         self._decoder = Decoder.build(self._checkpoint, self._backend, torch.float32)
 
     def round_inputs(self, rounding: Rounding) -> None:
@@ -335,6 +337,10 @@ class Measured:
 
     @torch.inference_mode()
     def _states(self, samples: torch.Tensor) -> list[torch.Tensor]:
+        with self._backend.device:  # where everything below is made
+            return self._run(samples.to(self._backend.device))
+
+    def _run(self, samples: torch.Tensor) -> list[torch.Tensor]:
         length = samples.shape[1]
         spec = self._checkpoint.spec
         tables = GroupTables(torch.arange(length), torch.zeros(1, 1, dtype=torch.int32))

@@ -27,6 +27,7 @@ from tgi_cli.sampling import SamplingParams
 def make_core(
     path: Path | str,
     *,
+    device: str = "cpu",
     dtype: str = "float32",
     activation_dtype: str = "auto",
     quantize: str | None = None,
@@ -46,7 +47,7 @@ def make_core(
             dtype=dtype,
             activation_dtype=activation_dtype,
             quantize=quantize,
-            device="cpu",
+            device=device,
             max_model_len=max_model_len,
         ),
         cache=CacheConfig(
@@ -104,7 +105,7 @@ def run(core: EngineCore, requests: Sequence[Request], *, stagger: int = 0) -> d
 
 def reference_tokens(model: PreTrainedModel, prompt_ids: Sequence[int], count: int) -> list[int]:
     """What `transformers.generate` answers greedily, end tokens ignored."""
-    inputs = torch.tensor([list(prompt_ids)])
+    inputs = torch.tensor([list(prompt_ids)], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             inputs,
@@ -135,7 +136,7 @@ class Agreement:
             self.same += 1
             return
         at = next(i for i in range(len(actual)) if actual[i] != expected[i])
-        known = torch.tensor([[*prompt_ids, *expected[:at]]])
+        known = torch.tensor([[*prompt_ids, *expected[:at]]], device=self.model.device)
         with torch.inference_mode():
             logits = self.model(known).logits[0, -1].float()
         gap = float(logits.max() - logits[actual[at]])

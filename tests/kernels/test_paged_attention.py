@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.dense_attention import dense_attention, make_case
+from tgi_cli.kernels import reference
 from tgi_cli.kernels.backend import Backend
 from tgi_cli.kernels.kv_rows import KV_DTYPES
 
@@ -103,6 +104,24 @@ def test_every_form_of_the_cache(
     out = backend.ops.paged_attention(*case.arguments, scale=0.3, window=window)
     expected = dense_attention(case, scale=0.3, window=window)
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=0)
+
+
+def test_a_prompt_in_pieces(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where attention holds the scores, as with caps, a long prompt is taken in pieces."""
+    case = make_case(
+        [(70, 90), (1, 40)],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        block_size=4,
+        dtype=torch.float32,
+        window=30,
+    )
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    options = {"scale": 1.0, "window": 30, "softcap": 2.0, "sinks": None, "slopes": slopes}
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 4 * 90 * 16)
+    out = backend.ops.paged_attention(*case.arguments, **options)
+    torch.testing.assert_close(out.double(), dense_attention(case, **options), atol=2e-5, rtol=0)
 
 
 def test_table_narrower_than_the_window(backend: Backend) -> None:

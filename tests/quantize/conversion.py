@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tgi_cli.kernels.backend import select
+from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.quantize.convert.calibration import Samples
 from tgi_cli.quantize.convert.job import Job, Listener, Outcome, Progress
@@ -27,13 +27,14 @@ def job(
     group_size: int | None = None,
     layout: str | None = None,
     calibrated: bool = True,
+    backend: Backend | None = None,
 ) -> Job:
     return Job(
         open_checkpoint(str(model)),
         Recipe.choose(method, bits, group_size, layout),
         samples(24, 64, seed=1) if calibrated else None,
         samples(4, 48, seed=2),
-        select("cpu", num_threads=1),
+        backend or select("cpu", num_threads=1),
         output,
     )
 

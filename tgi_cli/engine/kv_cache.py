@@ -49,7 +49,8 @@ class KVCache:
     def __init__(self, backend: Backend, spec: DecoderSpec, plan: MemoryPlan) -> None:
         layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._backend = backend
-        self._can_commit = True  # until the system refuses
+        # Until the system refuses; a GPU's memory is there once it is allocated.
+        self._can_commit = backend.device.type == "cpu"
         self._groups: list[list[Tensor]] = []
         self._committed: list[int] = []  # blocks of each group that are there, or will be
         self._newest: list[int] = []  # the highest block of each group in use so far

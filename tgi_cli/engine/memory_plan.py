@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from tgi_cli import model_path
@@ -27,6 +26,7 @@ from tgi_cli.engine.precision import (
 from tgi_cli.errors import OutOfMemory, UsageError
 from tgi_cli.kernels.backend import Backend, select
 from tgi_cli.kernels.kv_rows import kv_dtype_name, row_width
+from tgi_cli.kernels.reference import SCORES_AT_ONCE
 from tgi_cli.model.checkpoint import Checkpoint, open_checkpoint
 from tgi_cli.model.partition import Partition
 from tgi_cli.model.spec import DecoderSpec, KVGroup
@@ -54,7 +54,7 @@ class KVGroupPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """All in bytes unless the name says otherwise.
+    """All in bytes unless the name says otherwise; of a GPU's memory where the model runs on one.
 
     `baseline_bytes` is what this process holds already, so it is not in `needed_bytes`, which is
     compared with `free_bytes`. On a CPU, KV pages count against memory from their first use on.
@@ -214,7 +214,14 @@ def plan(
     native = backend.reason_against(part.local, dtype, config.cache.block_size) is None
     kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype)
     sizing = _Sizing(
-        part.local, config, dtype, kv_dtype, max_len, native=native, adapted=adapters > 0
+        part.local,
+        config,
+        dtype,
+        kv_dtype,
+        max_len,
+        native=native,
+        adapted=adapters > 0,
+        holds_scores=backend.device.type != "cpu",
     )
     if told is not None:
         tokens = told
@@ -238,7 +245,7 @@ def plan(
         weights_bytes=weights,
         adapter_bytes=adapters,
         activation_bytes=sizing.activations(tokens),
-        baseline_bytes=int(psutil.Process().memory_info().rss),  # type: ignore[no-untyped-call]
+        baseline_bytes=backend.held_memory(),
         free_bytes=free,
     )
 
@@ -261,9 +268,11 @@ class _Sizing:
         *,
         native: bool,
         adapted: bool,
+        holds_scores: bool,
     ) -> None:
         self._native = native
         self._adapted = adapted
+        self._holds_scores = holds_scores  # of plain attention too
         self._spec = spec
         self._dtype = dtype
         self._kv_dtype = kv_dtype
@@ -333,8 +342,21 @@ class _Sizing:
             elements = 2 * group.num_kv_heads * group.head_dim
             # codes of 8 bits are multiplied by their scales on the way
             size = 4 + self._kv_dtype.itemsize + (4 if self._kv_dtype.itemsize == 1 else 0)
-            most = max(most, max(decode, prompt) * elements * size)
+            scores = max(self._scores(index, chunk, prompt) for index in group.layers)
+            most = max(most, max(decode * elements * size, prompt * elements * size + scores))
         return most
+
+    def _scores(self, index: int, chunk: int, keys: int) -> int:
+        """What a layer's attention holds over a prompt beside the keys and values it gathers.
+
+        Scores, their softmax before and after rows without keys are cleared, and masks; keys and
+        values repeated for every query head.
+        """
+        part = self._spec.layers[index].attention
+        if not (self._holds_scores or part.softcap is not None or part.sinks or part.alibi):
+            return 0
+        scores = min(part.num_heads * chunk * keys, SCORES_AT_ONCE)
+        return 4 * (4 * scores + 2 * part.num_heads * part.head_dim * keys)
 
     def _token_bytes(self, group: KVGroup) -> int:
         width = row_width(group.head_dim, self._kv_dtype)

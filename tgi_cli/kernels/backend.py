@@ -65,6 +65,12 @@ class Backend:
         within = cgroup_headroom()
         return (available if within is None else min(available, within)) // ranks
 
+    def held_memory(self) -> int:
+        """Bytes of that memory this process has already."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self.device))
+        return int(psutil.Process().memory_info().rss)  # type: ignore[no-untyped-call]
+
     def allocate_kv(
         self,
         num_blocks: int,
@@ -200,6 +206,8 @@ def select(device: str = "auto", *, num_threads: int | None = None, local_rank: 
             f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}",
             hint="use at most as many shards as there are GPUs",
         )
+    if on_gpu:  # also where the environment asks for TF32, which keeps 10 bits of 23
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     native = None if on_gpu else load()
     variants = native.variants() if native else []
     return Backend(

@@ -13,6 +13,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+#: Numbers that a GPU makes together; each takes some thirty bytes on the way.
+_AT_ONCE = 1 << 21
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
@@ -37,12 +39,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """See `Ops.gumbel_noise`. One row at a time, which stays in the processor's cache."""
+    """See `Ops.gumbel_noise`.
+
+    On a CPU one row at a time, which stays in the processor's cache; on a GPU as many as are worth
+    a launch.
+    """
     quads = torch.arange(-(-vocab_size // 4), device=seeds.device)
     noise = torch.empty(len(seeds), vocab_size, device=seeds.device)
-    for row in range(len(seeds)):
-        bits = _bits(seeds[row : row + 1], positions[row : row + 1], quads[None])
-        noise[row] = _gumbel(bits.view(-1)[:vocab_size])
+    step = 1 if seeds.device.type == "cpu" else max(1, _AT_ONCE // vocab_size)
+    for row in range(0, len(seeds), step):
+        rows = slice(row, row + step)
+        bits = _bits(seeds[rows], positions[rows], quads[None])
+        noise[rows] = _gumbel(bits.flatten(1)[:, :vocab_size])
     return noise
 
 

@@ -16,6 +16,10 @@ from torch import Tensor
 from tgi_cli.kernels.kv_rows import decode, encode
 from tgi_cli.kernels.philox import gumbel_noise, gumbel_noise_at
 
+#: Scores of a prompt that are in memory at once where attention has to hold them: a GPU's kernels
+#: that need not take 16-bit numbers alone, and no kernel has caps, sinks or slopes.
+SCORES_AT_ONCE = 1 << 26
+
 __all__ = [
     "add_rms_norm",
     "embed",
@@ -180,23 +184,31 @@ def _prefill(
         ].transpose(0, 1)[None]
         for cache in (k_cache, v_cache)
     )
-    queries = q.transpose(0, 1)[None].float()  # [1, H, queries, D]
     query_positions = torch.arange(start, num_keys, device=q.device)[:, None]
     key_positions = torch.arange(low, num_keys, device=q.device)
-    mask = key_positions <= query_positions
-    if window is not None:
-        mask &= key_positions > query_positions - window
-    if softcap is None and sinks is None and slopes is None:
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, mask, scale=scale, enable_gqa=True
-        )
-    else:
-        grouped = queries.view(1, keys.shape[1], -1, num_queries, head_dim)
-        scores = (grouped * scale) @ keys.transpose(-1, -2).unsqueeze(2)
-        distances = (key_positions - query_positions)[None, None, None]
-        weights = _softmax(scores, mask, distances, softcap, sinks, slopes)
-        out = (weights @ values.unsqueeze(2)).view(1, num_heads, num_queries, head_dim)
-    return out[0].transpose(0, 1).to(q.dtype)
+    plain = softcap is None and sinks is None and slopes is None
+    step = num_queries
+    if not (plain and q.device.type == "cpu"):
+        step = max(1, SCORES_AT_ONCE // (num_heads * len(key_positions)))
+    out = torch.empty_like(q)
+    for first in range(0, num_queries, step):
+        rows = slice(first, first + step)
+        queries = q[rows].transpose(0, 1)[None].float()  # [1, H, queries, D]
+        mask = key_positions <= query_positions[rows]
+        if window is not None:
+            mask &= key_positions > query_positions[rows] - window
+        if plain:
+            part = F.scaled_dot_product_attention(
+                queries, keys, values, mask, scale=scale, enable_gqa=True
+            )[0]
+        else:
+            grouped = queries.view(1, keys.shape[1], -1, queries.shape[2], head_dim)
+            scores = (grouped * scale) @ keys.transpose(-1, -2).unsqueeze(2)
+            distances = (key_positions - query_positions[rows])[None, None, None]
+            weights = _softmax(scores, mask, distances, softcap, sinks, slopes)
+            part = (weights @ values.unsqueeze(2)).flatten(1, 2)[0]
+        out[rows] = part.transpose(0, 1)
+    return out
 
 
 def _decode(

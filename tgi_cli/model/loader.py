@@ -124,7 +124,9 @@ class Loader:
             assert isinstance(weight, GroupedRows | FloatRows)
             weight = self.packer.pack(names[0], weight, interleaved=gated)
         else:
-            out = self.backend.weight_buffer(weight.out_features, weight.in_features, self.dtype)
+            # A format that packs leaves its matrices where they are stored, on every device.
+            size = weight.out_features, weight.in_features
+            out = None if self.format.packs else self.backend.weight_buffer(*size, self.dtype)
             weight = weight.prepare(self.ops, out)
         for name in names:
             self._done(name)

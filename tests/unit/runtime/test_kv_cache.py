@@ -44,6 +44,16 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return condition()
 
 
+def test_another_devices_memory_is_there_already(tiny_checkpoint: Callable[..., Path]) -> None:
+    path = tiny_checkpoint("llama")
+    backend = replace(select("cpu"), device=torch.device("meta"))
+    cache = KVCache(backend, open_checkpoint(str(path)).spec, planned(path, kv_cache_tokens=8192))
+    cache.begin()
+    cache.use([[300]])
+    cache.rest()
+    assert cache._thread is None
+
+
 #: Two layers of keys and values.
 TENSORS = 4
 

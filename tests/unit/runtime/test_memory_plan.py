@@ -21,7 +21,7 @@ from tgi_cli.model.checkpoint import open_checkpoint
 GB = 10**9
 
 
-def with_free(free: int) -> Backend:
+def with_free(free: int, device: torch.device | None = None) -> Backend:
     """A backend that says so much is free; everything else is the real one."""
 
     class Limited(Backend):
@@ -33,14 +33,16 @@ def with_free(free: int) -> Backend:
     real = select("cpu")
     return Limited(
         name=real.name,
-        device=real.device,
+        device=device or real.device,
         ops=real.ops,
         deterministic=real.deterministic,
         num_threads=real.num_threads,
     )
 
 
-def planned(path: Path, free: int = 8 * GB, **options: Any) -> MemoryPlan:
+def planned(
+    path: Path, free: int = 8 * GB, *, device: torch.device | None = None, **options: Any
+) -> MemoryPlan:
     sections: dict[str, dict[str, Any]] = {"model": {"model_id": str(path)}}
     for name, value in options.items():
         section = {
@@ -54,7 +56,7 @@ def planned(path: Path, free: int = 8 * GB, **options: Any) -> MemoryPlan:
         cache=CacheConfig(**sections.get("cache", {})),
         scheduler=SchedulerConfig(**sections.get("scheduler", {})),
     )
-    return plan(open_checkpoint(str(path)), config, with_free(free))
+    return plan(open_checkpoint(str(path)), config, with_free(free, device))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,17 @@ def llama(tiny_checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def gemma(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("gemma3", max_position_embeddings=4096)
+
+
+def test_another_device_holds_the_scores_of_a_prompt(llama: Path) -> None:
+    """Four times its scores; keys and values repeated for each of four heads."""
+    sizes = {"max_num_seqs": 1, "max_batch_tokens": 128, "max_model_len": 512}
+    here, there = (
+        planned(llama, device=device, **sizes) for device in (None, torch.device("meta"))
+    )
+    scores = 4 * (4 * 4 * 128 * 512 + 2 * 4 * 16 * 512)
+    assert scores < there.activation_bytes <= here.activation_bytes + scores
+    assert there.kv_bytes == here.kv_bytes
 
 
 def test_enough_memory_holds_every_sequence(llama: Path) -> None:

@@ -64,7 +64,9 @@ class End:
         self._norm = Norm.load(loader, spec.names.final_norm, spec.hidden_size, spec.norm)
         matrix = loader.matrix([head_name(loader, spec)], [spec.vocab_size], spec.hidden_size)
         assert isinstance(matrix, StoredDense)
-        head = _HeadInParts(backend.ops, matrix)
+        # To a GPU once, as it is stored: it is read anew for every few positions.
+        parts = [part.to(self._device) for part in matrix.parts]
+        head = _HeadInParts(backend.ops, StoredDense(parts, matrix.dtype))
         self._decoder = Decoder(spec, (), None, None, head, WholeVocabulary())
 
     def logits(self, states: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def _sums(before: Tensor, after: Tensor, wanted: Tensor) -> Tensor:
 
 
 class _HeadInParts(Linear):
-    """An output matrix that stays where it is stored."""
+    """An output matrix that stays as it is stored."""
 
     def __init__(self, ops: Ops, matrix: StoredDense) -> None:
         super().__init__(ops, matrix)
@@ -126,7 +128,7 @@ class _HeadInParts(Linear):
         logits = x.new_empty(len(x), size)
         for start in range(0, size, VOCABULARY):
             end = min(start + VOCABULARY, size)
-            part = self._matrix.float_rows(start, end).to(x.device)
+            part = self._matrix.float_rows(start, end)
             logits[:, start:end] = self.ops.linear(x, part)
         return logits
 
