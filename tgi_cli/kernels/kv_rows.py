@@ -48,7 +48,9 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Tensor:
         return rows.to(dtype)
     wide = rows.float()
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp(min=_SMALLEST)
+    # By a tensor: CUDA multiplies by the inverse of a plain number, whose last bit may differ.
+    divisor = wide.new_full((), largest)
+    scale = (wide.abs().amax(-1, keepdim=True) / divisor).clamp(min=_SMALLEST)
     scaled = wide / scale
     scale = scale + (wide * 0).sum(-1, keepdim=True)
     if dtype == torch.int8:
