@@ -24,6 +24,8 @@ from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
 
+_AWQ_BATCH_ROWS = 256  # 4 bits lose so much that a few rows would mislead the search
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
@@ -80,10 +82,10 @@ def awq_layer(
     """
     assert stream is not None
     done = QuantizedLayer({}, {})
-    seen = dict(zip(work.points, work.observe(stream, work.points), strict=True))
-    for point in work.points:
+    seen = work.observe(stream, work.points, moments=False, batch_rows=_AWQ_BATCH_ROWS)
+    for point, inputs in zip(work.points, seen, strict=True):
         scales = awq_scales(
-            work.weight(point), seen[point], recipe.bits, recipe.group_size, partial(tied, point)
+            work.weight(point), inputs, recipe.bits, recipe.group_size, partial(tied, point)
         )
         fold(work, point, scales, work.stored_dtype)
     for point in work.points:
