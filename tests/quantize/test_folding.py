@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.quantize.convert.folding import fold, tied
 from tgi_cli.quantize.convert.layer_work import LayerWork, Point
-from tgi_cli.quantize.convert.procedures import awq_layer, int8_layer
+from tgi_cli.quantize.convert.procedures import _AWQ_EVERY, awq_layer, int8_layer
 from tgi_cli.quantize.convert.quality import embed
 from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import Stream
@@ -114,7 +115,7 @@ def test_exponents_are_searched_from_coarse_to_fine(wanted: float) -> None:
     assert _searched(scales_of, loss, unscaled=0.0) == (0.0, None)
 
 
-def test_awq_looks_at_more_rows_and_sums_no_moments(
+def test_awq_looks_at_many_rows_few_of_them_first_ones(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint("llama"))).for_length(32)
@@ -132,7 +133,9 @@ def test_awq_looks_at_more_rows_and_sums_no_moments(
     monkeypatch.setattr("tgi_cli.quantize.convert.procedures.awq_scales", scales)
     work = LayerWork(checkpoint, backend, 0)
     awq_layer(work, start, Recipe.choose("awq", None, 32), torch.float16)
-    assert rows == [256] * 4
+    assert rows == [31] * 4  # of 512 in one batch: 0, 17, 34, ...
+    lengths = [2**power for power in range(5, 14)]
+    assert all(math.gcd(length, _AWQ_EVERY) == 1 for length in lengths)
 
 
 def test_smoothing_scales_halve_the_error_of_uneven_inputs() -> None:

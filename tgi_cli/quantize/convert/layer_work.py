@@ -123,7 +123,7 @@ class StatisticsOptions(TypedDict, total=False):
     """See `InputStatistics`."""
 
     moments: bool
-    batch_rows: int
+    every: int
 
 
 class _Reached(Exception):

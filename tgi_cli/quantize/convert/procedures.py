@@ -24,7 +24,9 @@ from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
 
-_AWQ_BATCH_ROWS = 256  # 4 bits lose so much that a few rows would mislead the search
+#: Inputs that AWQ judges scales on are so far apart: prime to the lengths that samples have, since
+#: their first tokens, which are unlike all others, would count too much.
+_AWQ_EVERY = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def awq_layer(
     """
     assert stream is not None
     done = QuantizedLayer({}, {})
-    seen = work.observe(stream, work.points, moments=False, batch_rows=_AWQ_BATCH_ROWS)
+    seen = work.observe(stream, work.points, moments=False, every=_AWQ_EVERY)
     for point, inputs in zip(work.points, seen, strict=True):
         scales = awq_scales(
             work.weight(point), inputs, recipe.bits, recipe.group_size, partial(tied, point)

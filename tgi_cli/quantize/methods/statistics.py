@@ -20,7 +20,7 @@ class InputStatistics:
         columns: of a row.
         device: of the rows.
         moments: whether to sum those, which takes most of the time.
-        batch_rows: rows of each batch that the sample gets.
+        every: rows of a batch from one of the sample to the next; 0 for 64 of each batch.
 
     Attributes:
         moments: [columns, columns] float32, sum of x xT over the rows x; exactly symmetric.
@@ -34,9 +34,9 @@ class InputStatistics:
         device: torch.device,
         *,
         moments: bool = True,
-        batch_rows: int = _BATCH_ROWS,
+        every: int = 0,
     ) -> None:
-        self._sums_moments, self._batch_rows = moments, batch_rows
+        self._sums_moments, self._every = moments, every
         size = columns if moments else 0
         self._moments = torch.zeros(size, size, device=device)  # at and below the diagonal
         self._whole = True
@@ -57,7 +57,7 @@ class InputStatistics:
         self._magnitudes += magnitudes.sum(0)
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
         self.count += len(rows)
-        self._samples.append(rows[:: max(1, len(rows) // self._batch_rows)].clone())
+        self._samples.append(rows[:: self._every or max(1, len(rows) // _BATCH_ROWS)].clone())
         if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
             self._samples = [self.sample]
 
