@@ -91,7 +91,7 @@ def _searched(
     found: dict[float, tuple[float, Tensor | None]] = {0.0: (unscaled, None)}
 
     def attempt(exponent: float) -> None:
-        if 0 < exponent < 1 and exponent not in found:
+        if 0 < exponent < 1:
             scales = _centred(scales_of(exponent))
             found[exponent] = (loss(scales), scales)
 
