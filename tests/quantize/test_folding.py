@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,13 @@ from tgi_cli.kernels.backend import select
 from tgi_cli.model.checkpoint import open_checkpoint
 from tgi_cli.quantize.convert.folding import fold, tied
 from tgi_cli.quantize.convert.layer_work import LayerWork, Point
-from tgi_cli.quantize.convert.procedures import int8_layer
+from tgi_cli.quantize.convert.procedures import _AWQ_EVERY, awq_layer, int8_layer
 from tgi_cli.quantize.convert.quality import embed
 from tgi_cli.quantize.convert.recipe import Recipe
 from tgi_cli.quantize.convert.stream import Stream
 from tgi_cli.quantize.methods.activations import round_int8
-from tgi_cli.quantize.methods.grid import fit
-from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
+from tgi_cli.quantize.methods.grid import Grid, fit
+from tgi_cli.quantize.methods.scaling import _searched, awq_scales, smoothing_scales
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
 
 
@@ -77,6 +78,64 @@ def test_awq_scales_halve_the_error_of_uneven_inputs() -> None:
     scales = awq_scales(weight, inputs, 4, 32, as_they_are)
     assert error(scales) < 0.5 * error(torch.ones(64))
     assert scales[::16].min() > scales[1::16].max()
+
+
+def test_awq_scales_are_judged_on_outputs_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs, _ = uneven()
+    rows = []
+
+    def recorded(part: torch.Tensor, *args: Any, **options: Any) -> Grid:
+        rows.append(len(part))
+        return fit(part, *args, **options)
+
+    monkeypatch.setattr("tgi_cli.quantize.methods.scaling.fit", recorded)
+    # The first are zero whatever the scales.
+    many = torch.cat([torch.zeros(1500, 64), weight.repeat(40, 1)])
+    scales = awq_scales(many, inputs, 4, 32, as_they_are)
+    assert max(rows) == 512
+    assert scales[::16].min() > scales[1::16].max()
+
+
+@pytest.mark.parametrize("wanted", [0.05, 0.35, 0.62, 0.95])
+def test_exponents_are_searched_from_coarse_to_fine(wanted: float) -> None:
+    tried = []
+
+    def scales_of(exponent: float) -> torch.Tensor:
+        tried.append(exponent)
+        return torch.tensor([1.0, 4.0]) ** exponent
+
+    def loss(scales: torch.Tensor) -> float:
+        exponent = float((scales[1] / scales[0]).log2()) / 2
+        return (exponent - wanted) ** 2
+
+    least, scales = _searched(scales_of, loss, unscaled=1.0)
+    assert scales is not None
+    assert least == loss(scales) <= 0.0251**2
+    assert len(tried) == len(set(tried)) <= 9
+    assert _searched(scales_of, loss, unscaled=0.0) == (0.0, None)
+
+
+def test_awq_looks_at_many_rows_few_of_them_first_ones(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("llama"))).for_length(32)
+    backend = select("cpu", num_threads=1)
+    start = Stream(tmp_path, "states", (16, 32, 64), 0)
+    embed(checkpoint, backend, samples(16, 32, seed=3).tokens, start)
+    rows = []
+
+    def scales(weight: torch.Tensor, inputs: InputStatistics, *_: Any) -> torch.Tensor:
+        rows.append(len(inputs.sample))
+        with pytest.raises(RuntimeError, match="without moments"):
+            _ = inputs.moments
+        return torch.ones(weight.shape[1])
+
+    monkeypatch.setattr("tgi_cli.quantize.convert.procedures.awq_scales", scales)
+    work = LayerWork(checkpoint, backend, 0)
+    awq_layer(work, start, Recipe.choose("awq", None, 32), torch.float16)
+    assert rows == [31] * 4  # of 512 in one batch: 0, 17, 34, ...
+    lengths = [2**power for power in range(5, 14)]
+    assert all(math.gcd(length, _AWQ_EVERY) == 1 for length in lengths)
 
 
 def test_smoothing_scales_halve_the_error_of_uneven_inputs() -> None:

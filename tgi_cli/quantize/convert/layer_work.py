@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -119,6 +119,13 @@ class Overlay:
         self.source.release(key)
 
 
+class StatisticsOptions(TypedDict, total=False):
+    """See `InputStatistics`."""
+
+    moments: bool
+    every: int
+
+
 class _Reached(Exception):
     """Every point that is asked for has seen the batch."""
 
@@ -219,10 +226,11 @@ class LayerWork:
         return name in self._overlay
 
     def observe(
-        self, stream: Stream, points: Sequence[Point], *, moments: bool = True
+        self, stream: Stream, points: Sequence[Point], **options: Unpack[StatisticsOptions]
     ) -> list[InputStatistics]:
         """Run the samples up to the last of `points`; statistics of the inputs of each.
 
+        `options` are those of `InputStatistics`.
         For points behind the middle of the layer, what the first half gives is kept on the disk
         until that changes.
         """
@@ -236,7 +244,7 @@ class LayerWork:
 
         def show(role: Role, rows: Tensor) -> None:
             if role not in gathered:
-                gathered[role] = InputStatistics(rows.shape[1], rows.device, moments=moments)
+                gathered[role] = InputStatistics(rows.shape[1], rows.device, **options)
             gathered[role].add(rows)
             waiting.discard(role)
             if not waiting:

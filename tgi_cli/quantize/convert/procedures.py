@@ -24,6 +24,10 @@ from tgi_cli.quantize.methods.matrix import QuantizedMatrix
 from tgi_cli.quantize.methods.scaling import awq_scales, smoothing_scales
 from tgi_cli.quantize.methods.statistics import InputStatistics, output_error
 
+#: Inputs that AWQ judges scales on are so far apart: prime to the lengths that samples have, since
+#: their first tokens, which are unlike all others, would count too much.
+_AWQ_EVERY = 17
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
@@ -80,10 +84,10 @@ def awq_layer(
     """
     assert stream is not None
     done = QuantizedLayer({}, {})
-    seen = dict(zip(work.points, work.observe(stream, work.points), strict=True))
-    for point in work.points:
+    seen = work.observe(stream, work.points, moments=False, every=_AWQ_EVERY)
+    for point, inputs in zip(work.points, seen, strict=True):
         scales = awq_scales(
-            work.weight(point), seen[point], recipe.bits, recipe.group_size, partial(tied, point)
+            work.weight(point), inputs, recipe.bits, recipe.group_size, partial(tied, point)
         )
         fold(work, point, scales, work.stored_dtype)
     for point in work.points:

@@ -15,6 +15,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 #: two changes nothing; between, a row's weights move within their powers of two.
 _STRETCHES = tuple(2 ** (step / 16) for step in range(16))
 _SPLIT = float(2**20 + 1)  # leaves four of float32's 24 significant bits
+_FRACTION, _LEFT = 23, 7  # bits of float32's fraction, and those of them that bfloat16 keeps
+_EXPONENT = 0xFF << _FRACTION
 _CHUNK_ELEMENTS = 1 << 16  # rows are searched in parts that stay in the cache
 
 
@@ -47,26 +49,43 @@ def fit(weight: Tensor) -> Fp8Grid:
     """Scales for [rows, columns] float32 that clip nothing, each with the least squared error.
 
     Values too small for e4m3 to hold in full count as if it did: they are nothing beside others.
+    The search, not what is stored, sees weights rounded to bfloat16, as most are stored.
     """
     step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     return Fp8Grid(torch.cat([_fit_rows(part) for part in torch.split(weight, step)]))
 
 
 def _fit_rows(weight: Tensor) -> Tensor:
+    # An error is a power of two squared times that of the significand, and bfloat16 has only 128
+    # of these: each is tried once for a row, whatever its length.
+    significands, energies = _significands(weight)
     smallest = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
     best, least = smallest, torch.full_like(smallest, torch.inf)
-    scaled, spread, rest = (torch.empty_like(weight) for _ in range(3))
     for stretch in _STRETCHES:
         scales = smallest * stretch
         # Dekker's splitting: the value that four significant bits leave is spread - rest.
-        torch.div(weight, scales, out=scaled)
-        torch.mul(scaled, _SPLIT, out=spread)
-        torch.sub(spread, scaled, out=rest)
+        scaled = significands / scales
+        spread = scaled * _SPLIT
+        rest = spread - scaled
         moved = spread.sub_(rest).sub_(scaled)
-        loss = torch.linalg.vecdot(moved, moved).unsqueeze(1) * scales.square()
+        loss = torch.linalg.vecdot(moved.square_(), energies).unsqueeze(1) * scales.square()
         best = torch.where(loss < least, scales, best)
         least = torch.minimum(loss, least)
     return best
+
+
+def _significands(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16's significands [128], 1 up to 2, and for each row what stands before them.
+
+    That is [rows, 128]: the sum of the squared powers of two of the weights with a significand.
+    """
+    count = 1 << _LEFT
+    bits = weight.contiguous().view(torch.int32) + (1 << (_FRACTION - _LEFT - 1))
+    place = bits.bitwise_right_shift(_FRACTION - _LEFT).bitwise_and_(count - 1)
+    powers = bits.bitwise_and_(_EXPONENT).view(torch.float32)
+    energies = weight.new_zeros(len(weight), count)
+    energies.scatter_add_(1, place.long(), powers.square_())
+    return 1 + torch.arange(count, device=weight.device) / count, energies
 
 
 def round_e4m3(values: Tensor) -> Tensor:

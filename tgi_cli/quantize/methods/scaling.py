@@ -4,7 +4,7 @@ Input column j is divided by s_j and the matrix's column j multiplied by it: the
 the error of rounding is moved from columns that matter to columns that do not (AWQ: Lin et al.,
 "AWQ: Activation-aware Weight Quantization", MLSys 2024), or from activations with outliers to
 weights without (SmoothQuant: Xiao et al., ICML 2023). Candidates are judged by the error of the
-output; for AWQ it follows from the inputs' second moments, so no input is run again.
+output on a sample of the inputs, the exponent searched from coarse to fine.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tgi_cli.quantize.methods.activations import round_int8
 from tgi_cli.quantize.methods.grid import fit
 from tgi_cli.quantize.methods.statistics import InputStatistics
 
-_STEPS = 20  # exponents tried between none and all of the activations' size
-#: Smoothing tries these, and then so far on both sides of the best, once more by each.
+#: Exponents that are tried, and then so far on both sides of the best, once more by each.
 _EXPONENTS, _NEARER = (0.1, 0.3, 0.5, 0.7, 0.9), (0.1, 0.05)
+_OUTPUTS = 512  # rows of a matrix that AWQ's scales are judged on: they share their exponent
 _SMALLEST = 1e-4
 
 #: Makes scales that the producer can take, such as equal ones for heads that share a value head.
@@ -32,7 +32,8 @@ def awq_scales(
 ) -> Tensor:
     """The scales s [columns] with the least output error on an asymmetric grid; ones if none helps.
 
-    Tries powers of the mean input magnitude, alone and divided by the weights' own size.
+    Tries powers of the mean input magnitude, alone and divided by the weights' own size. Judged on
+    a sample of the inputs and of the outputs.
 
     Args:
         weight: [rows, columns] float32.
@@ -45,17 +46,18 @@ def awq_scales(
     groups = weight.abs().view(len(weight), -1, group_size)
     relative = groups / groups.amax(2, keepdim=True).clamp(min=1e-8)
     size = tie(relative.view_as(weight).mean(0)).clamp(min=_SMALLEST)
-    best = torch.ones_like(activity)
-    least = _rounding_loss(weight, best, inputs.moments, bits, group_size)
-    for step in range(1, _STEPS + 1):
-        exponent = step / _STEPS
-        power = activity**exponent
-        for candidate in (power, power / size ** (1 - exponent)):
-            scales = _centred(candidate)
-            loss = _rounding_loss(weight, scales, inputs.moments, bits, group_size)
-            if loss < least:
-                best, least = scales, loss
-    return best
+    rows, part = inputs.sample, _evenly(weight, _OUTPUTS)
+
+    def loss(scales: Tensor) -> float:
+        return _rounding_loss(part, scales, rows, bits, group_size)
+
+    unscaled = loss(torch.ones_like(activity))
+    alone = _searched(lambda exponent: activity**exponent, loss, unscaled)
+    divided = _searched(
+        lambda exponent: activity**exponent / size ** (1 - exponent), loss, unscaled
+    )
+    best = min(alone, divided, key=lambda found: found[0])
+    return torch.ones_like(activity) if best[1] is None else best[1]
 
 
 def smoothing_scales(weight: Tensor, inputs: InputStatistics, tie: Tie) -> Tensor:
@@ -68,13 +70,30 @@ def smoothing_scales(weight: Tensor, inputs: InputStatistics, tie: Tie) -> Tenso
     size = tie(weight.abs().amax(0)).clamp(min=_SMALLEST)
     rows = inputs.sample
     wanted = rows @ weight.T
+
+    def loss(scales: Tensor) -> float:
+        return _int8_loss(weight, scales, rows, wanted)
+
     ones = torch.ones_like(activity)
-    found = {0.0: (_int8_loss(weight, ones, rows, wanted), ones)}
+    _, best = _searched(
+        lambda exponent: activity**exponent / size ** (1 - exponent), loss, loss(ones)
+    )
+    return ones if best is None else best
+
+
+def _searched(
+    scales_of: Callable[[float], Tensor], loss: Callable[[Tensor], float], unscaled: float
+) -> tuple[float, Tensor | None]:
+    """The least loss among the exponents between 0 and 1, and its scales.
+
+    None stands for no scales at all, whose loss is `unscaled` and whose exponent counts as 0.
+    """
+    found: dict[float, tuple[float, Tensor | None]] = {0.0: (unscaled, None)}
 
     def attempt(exponent: float) -> None:
-        if 0 < exponent < 1 and exponent not in found:
-            scales = _centred(activity**exponent / size ** (1 - exponent))
-            found[exponent] = (_int8_loss(weight, scales, rows, wanted), scales)
+        if 0 < exponent < 1:
+            scales = _centred(scales_of(exponent))
+            found[exponent] = (loss(scales), scales)
 
     def best() -> float:
         return min(found, key=lambda exponent: found[exponent][0])
@@ -85,7 +104,13 @@ def smoothing_scales(weight: Tensor, inputs: InputStatistics, tie: Tie) -> Tenso
         middle = best()
         for side in (-distance, distance):
             attempt(round(middle + side, 3))
-    return found[best()][1]
+    return found[best()]
+
+
+def _evenly(weight: Tensor, count: int) -> Tensor:
+    """Up to `count` rows from all over [rows, columns]."""
+    chosen = torch.linspace(0, len(weight) - 1, min(len(weight), count))
+    return weight[chosen.long().to(weight.device)]
 
 
 def _centred(scales: Tensor) -> Tensor:
@@ -95,12 +120,12 @@ def _centred(scales: Tensor) -> Tensor:
 
 
 def _rounding_loss(
-    weight: Tensor, scales: Tensor, moments: Tensor, bits: int, group_size: int
+    weight: Tensor, scales: Tensor, rows: Tensor, bits: int, group_size: int
 ) -> float:
     scaled = weight * scales
     grid = fit(scaled, bits, group_size, symmetric=False, scale_dtype=torch.float16)
     moved = grid.nearest(scaled).dequantize() / scales - weight
-    return float(((moved @ moments) * moved).sum(dtype=torch.float64))
+    return float((rows @ moved.T).square().sum(dtype=torch.float64))
 
 
 def _int8_loss(weight: Tensor, scales: Tensor, rows: Tensor, wanted: Tensor) -> float:

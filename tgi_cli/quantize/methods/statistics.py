@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SAMPLE_ROWS = 512
+_BATCH_ROWS = 64
 _BLOCK = 384  # columns of the moments that are added to together
 
 
@@ -19,6 +20,7 @@ class InputStatistics:
         columns: of a row.
         device: of the rows.
         moments: whether to sum those, which takes most of the time.
+        every: rows of a batch from one of the sample to the next; 0 for 64 of each batch.
 
     Attributes:
         moments: [columns, columns] float32, sum of x xT over the rows x; exactly symmetric.
@@ -26,8 +28,15 @@ class InputStatistics:
         count: rows seen.
     """
 
-    def __init__(self, columns: int, device: torch.device, *, moments: bool = True) -> None:
-        self._sums_moments = moments
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        *,
+        moments: bool = True,
+        every: int = 0,
+    ) -> None:
+        self._sums_moments, self._every = moments, every
         size = columns if moments else 0
         self._moments = torch.zeros(size, size, device=device)  # at and below the diagonal
         self._whole = True
@@ -48,7 +57,7 @@ class InputStatistics:
         self._magnitudes += magnitudes.sum(0)
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
         self.count += len(rows)
-        self._samples.append(rows[:: max(1, len(rows) // 64)].clone())
+        self._samples.append(rows[:: self._every or max(1, len(rows) // _BATCH_ROWS)].clone())
         if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
             self._samples = [self.sample]
 
