@@ -130,6 +130,18 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
     assert 0 < len(parts.sample) <= 512
 
 
+@pytest.mark.parametrize("every", [0, 17])
+def test_a_sample_of_many_batches_is_even(every: int) -> None:
+    seen = InputStatistics(1, torch.device("cpu"), moments=False, every=every)
+    total = 128 * 2048
+    for batch in torch.arange(total).float().unsqueeze(1).split(2048):
+        seen.add(batch)
+    sample = seen.sample.squeeze(1)
+    assert len(sample) == 512
+    quarters = torch.histc(sample, bins=4, min=0, max=total)
+    assert quarters.min() > 0.9 * quarters.max()
+
+
 def test_statistics_without_moments_say_so() -> None:
     seen = InputStatistics(8, torch.device("cpu"), moments=False)
     rows = torch.randn(5, 8)

@@ -44,6 +44,7 @@ class InputStatistics:
         self.count = 0
         self._magnitudes = torch.zeros(columns, device=device)
         self._samples: list[Tensor] = []
+        self._candidates, self._step = 0, 1  # rows that could be in the sample, and every which is
 
     def add(self, rows: Tensor) -> None:
         """Take in rows [n, columns]."""
@@ -57,9 +58,15 @@ class InputStatistics:
         self._magnitudes += magnitudes.sum(0)
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
         self.count += len(rows)
-        self._samples.append(rows[:: self._every or max(1, len(rows) // _BATCH_ROWS)].clone())
-        if sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
-            self._samples = [self.sample]
+        self._take(rows[:: self._every or max(1, len(rows) // _BATCH_ROWS)])
+
+    def _take(self, candidates: Tensor) -> None:
+        """Keep every so many of them, ever fewer, so that early and late rows count the same."""
+        self._samples.append(candidates[-self._candidates % self._step :: self._step].clone())
+        self._candidates += len(candidates)
+        while sum(map(len, self._samples)) > 2 * _SAMPLE_ROWS:
+            self._samples = [torch.cat(self._samples)[::2].clone()]
+            self._step *= 2
 
     @property
     def moments(self) -> Tensor:
