@@ -161,6 +161,22 @@ inline void attend_run(const Attention& a, const Form& form, int64_t seq, int64_
   }
 }
 
+// The tiles of an item each for itself: `rows_of(t)` has the rows of its tile t, which are as they start.
+template <class Form, class RowsOf>
+inline void attend_apart(const Attention& a, const Form& form, const AttentionItem& item, int count,
+                         const RowsOf& rows_of) {
+  const Span span = visible_span(a, item.seq, item.first, item.count);
+  const auto find = [&](int32_t t) {
+    return find_tile(a, item.seq, item.kv_head, item.tile + t, span.first_visible, span.last_key);
+  };
+  Tile tile = find(0);
+  for (int32_t t = 0; t < item.tiles; ++t) {
+    const Tile next = find(t + 1 < item.tiles ? t + 1 : t);
+    attend_span(a, form, rows_of(t), count, tile, t + 1 < item.tiles && count <= kFewRows ? &next : nullptr);
+    tile = next;
+  }
+}
+
 // Single tokens of several sequences; a tile that neighbours have in common is visited once for them.
 template <class Form>
 inline void attend_shared(const Attention& a, const Form& form, const AttentionItem& item, int64_t kv_head,
@@ -213,7 +229,8 @@ struct AttentionPlan {
     }
     // The heads of a block lie side by side: they are read by one thread where there is work for all.
     const bool by_head = static_cast<int64_t>(whole.size()) < 4 * threads;
-    const bool few = threads > 1 && static_cast<int64_t>(whole.size()) * a.kv_heads < 4 * threads;
+    const auto heads = static_cast<int64_t>(whole.size()) * a.kv_heads;
+    const int64_t cuts = threads > 1 && heads < 4 * threads ? (4 * threads + heads - 1) / heads : 0;
     for (auto item = whole.rbegin(); item != whole.rend(); ++item) {  // long tails of prefills first
       if (!by_head) {
         items.push_back(*item);
@@ -223,7 +240,7 @@ struct AttentionPlan {
         AttentionItem one = *item;
         one.kv_head = h;
         one.kv_heads = 1;
-        add(a, one, few ? 4 * threads : 0);
+        add(a, one, cuts);
       }
     }
   }
@@ -287,12 +304,11 @@ void attention_in(Pool& pool, const Attention& a, const Form& form) {
     const AttentionItem& item = plan.items[static_cast<size_t>(i)];
     const int count = static_cast<int>(item.count * group);
     if (item.tiles > 0) {
-      const Span span = visible_span(a, item.seq, item.first, item.count);
-      for (int32_t t = 0; t < item.tiles; ++t) {
+      attend_apart(a, form, item, count, [&](int32_t t) {
         const int64_t at = first_part + (item.part + t) * part_rows;
         start(item, 0, item.kv_head, at);
-        attend_run(a, form, item.seq, item.kv_head, span, item.tile + t, item.tile + t + 1, rows + at, count);
-      }
+        return rows + at;
+      });
       return;
     }
     const int64_t own = worker * most;
