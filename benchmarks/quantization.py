@@ -10,7 +10,8 @@ that is not named is left out. Every result is loaded by tgi in float32 and meas
 held-out tokens, so that the weights alone are compared; for INT8 and FP8 `tgi quantize` itself
 reports what rounded activations cost. Time and memory are those of the whole process; seconds of
 processor time say more than those of the clock where other things run too. A result that is in
-WORK already is measured again, not made again. With `--device cuda` all of it runs on a GPU.
+WORK already is measured again, not made again. `--device cuda` runs all of it on a GPU; with `cpu`
+no tool sees one. On a GPU tgi and AutoAWQ have run; GPT-QModel and llm-compressor have not.
 """
 
 from __future__ import annotations
@@ -271,7 +272,9 @@ def measured(
     figures = out.with_suffix(".json")
     if not figures.exists():
         # `env`: GPT-QModel's pools want two workers, also where there are fewer cores.
-        command = ["env", "GPTQMODEL_CPU_WORKERS=2", tool.python, "-c", tool.program]
+        # AutoAWQ and llm-compressor take a GPU whenever they see one.
+        hidden = ["CUDA_VISIBLE_DEVICES="] if arguments.device == "cpu" else []
+        command = ["env", "GPTQMODEL_CPU_WORKERS=2", *hidden, tool.python, "-c", tool.program]
         model = str(Path(arguments.model).resolve())
         group, device = str(arguments.group_size), arguments.device
         options = [model, str(out), method, group, str(tokens), device]
