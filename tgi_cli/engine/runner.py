@@ -10,13 +10,14 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
 from torch import Tensor
 
 from tgi_cli.engine.batch_builder import BatchBuilder, BuiltStep
+from tgi_cli.engine.decode_run import DecodeRun
 from tgi_cli.engine.kv_cache import KVCache
 from tgi_cli.engine.logprobs import PromptLogprobs
 from tgi_cli.engine.lora import AdapterRows
@@ -61,9 +62,11 @@ class _InFlight:
     errors: dict[int, str]  # by row
     scheduled: list[ScheduledRow]  # those without an error, in order
     built: BuiltStep | None
-    logits: Tensor | None  # [n, vocab_size] of the logit rows
-    buffer: _LogitBuffer | None  # what they lie in, if it is to be used again
-    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by index in `scheduled`
+    run: DecodeRun | None  # what draws the tokens, if not the sampler from the logits
+    logits: Tensor | None = None  # [n, vocab_size] of the logit rows
+    buffer: _LogitBuffer | None = None  # what they lie in, if it is to be used again
+    #: By index in `scheduled`.
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -121,6 +124,11 @@ class ModelRunner:
             backend.device,
             adapter_rows.slots if adapters else None,
         )
+        self._decode_run: DecodeRun | None = None
+        if native is not None and native.ahead is not None:
+            self._decode_run = DecodeRun(
+                native, self._sampler, self._history, self._builder, kv_cache, block_size
+            )
         self._block_size = block_size
         self._failed: dict[int, str] = {}  # rows that could not be prepared, by row
         self._in_flight: deque[_InFlight] = deque()
@@ -132,6 +140,10 @@ class ModelRunner:
 
     def admit(self, step: Step) -> None:
         """Let rows leave and enter, before `run`."""
+        if not (step.removed_rows or step.new_rows):
+            return
+        if self._decode_run is not None:
+            self._decode_run.end()
         with self._mode():
             for freed in step.removed_rows:
                 self._remove(freed)
@@ -167,6 +179,10 @@ class ModelRunner:
                 row.row: self._failed[row.row] for row in step.rows if row.row in self._failed
             }
             scheduled = [row for row in step.rows if row.row not in self._failed]
+        run = self._decode_run
+        if run is not None and run.goes_on_with(scheduled):
+            self._in_flight.append(_InFlight(step, errors, scheduled, run.go_on(), run))
+            return
         for row in scheduled:
             if row.appended_blocks:
                 self._builder.append_blocks(row.row, row.appended_blocks)
@@ -175,6 +191,11 @@ class ModelRunner:
                 self._history.propose(row.row, row.draft_ids)
         built = logits = buffer = None
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if run is not None and scheduled and not self._prompt_logprobs.wanted:
+            built = run.begin(scheduled)
+        if built is not None:
+            self._in_flight.append(_InFlight(step, errors, scheduled, built, run))
+            return
         if scheduled:
             built = self._builder.build(scheduled)
             count = len(built.logit_rows)
@@ -191,14 +212,16 @@ class ModelRunner:
                     scheduled, hidden, self._decoder.logits
                 )
         self._in_flight.append(
-            _InFlight(step, errors, scheduled, built, logits, buffer, prompt_logprobs)
+            _InFlight(step, errors, scheduled, built, None, logits, buffer, prompt_logprobs)
         )
 
     def _collect(self) -> StepOutput:
         flight = self._in_flight.popleft()
         step, built = flight.step, flight.built
         drawn: list[RowOutput] = []
-        if flight.logits is not None and built is not None and len(built.logit_rows):
+        if built is not None and flight.run is not None:
+            drawn = self._drawn(flight, built, flight.run.finish())
+        elif flight.logits is not None and built is not None and len(built.logit_rows):
             sampled = self._sampler.sample(flight.logits, built.logit_rows)
             drawn = self._drawn(flight, built, sampled)
         if flight.buffer is not None:

@@ -107,6 +107,13 @@ class Sampler:
         self._grammar.prepare(batch)
 
     @property
+    def sole_kernel(self) -> RowSampling | None:
+        """The kernel, if at present it alone draws for all rows, and nobody asks how likely."""
+        if self._staged or self._describing or self._grammar.in_use:
+            return None
+        return self._fused
+
+    @property
     def has_grammars(self) -> bool:
         """Whether any row has a grammar, and so is to be told what it drew."""
         return self._grammar.in_use

@@ -259,6 +259,7 @@ class Library:
         self._dll.tgi_context.argtypes = (ctypes.c_char_p, ctypes.c_int)
         self._dll.tgi_close.argtypes = (ctypes.c_void_p,)
         self._dll.tgi_pack.argtypes = (_POINTER, _POINTER, _INT64, _INT64, _POINTER)
+        self._dll.tgi_ahead_finish.argtypes = (_POINTER, _POINTER, _POINTER)
 
     def variants(self) -> list[str]:
         """Instruction-set variants this CPU can run, best first."""
@@ -290,6 +291,11 @@ class Context:
         #: Memory for what every step reads.
         self.buffer = HugePages().buffer
 
+    @property
+    def functions(self) -> ctypes.CDLL:
+        """The library's C functions, for modules that have some of their own there."""
+        return self._dll
+
     def call(self, name: str, arguments: ctypes.Structure) -> None:
         """Run `tgi_<name>(context, &arguments)`."""
         getattr(self._dll, f"tgi_{name}")(self.handle, ctypes.byref(arguments))
@@ -302,6 +308,11 @@ class Context:
     def step(self, program: Program, step: StepInput) -> None:
         """Run a whole step."""
         self._dll.tgi_step(self.handle, ctypes.byref(program), ctypes.byref(step))
+
+    def settle(self) -> None:
+        """Give up what runs by itself, see `ahead`; harmless on a closed context."""
+        if self._finalize.alive:
+            self._dll.tgi_ahead_settle(self.handle)
 
     def pack(self, weight: Tensor, out: Tensor) -> None:
         """Pack a contiguous bf16 [n, k] matrix (k even) into panels of `PANEL` outputs."""

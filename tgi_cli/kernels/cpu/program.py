@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgi_cli.kernels.cpu.adapters import AdapterTable
+from tgi_cli.kernels.cpu.ahead import StepsAhead
 from tgi_cli.kernels.cpu.library import (
     BLOCK,
     Context,
@@ -113,6 +114,11 @@ class NativeStep:
         )
         self._workspace = 0
         self._grow(64)
+        self._ahead_logits = torch.empty((0, spec.vocab_size))
+        #: Steps of their own accord, None where what comes between logits and token is not native.
+        self.ahead = None
+        if self._ranks is None and spec.logit_softcap is None:
+            self.ahead = StepsAhead(context)
 
     def __call__(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run `batch`: [num_tokens, hidden_size] bfloat16; the caches are written."""
@@ -152,6 +158,49 @@ class NativeStep:
         cap = self._spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
+    def start_ahead(
+        self,
+        batch: Any,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        sampling: NativeSampling,
+        logit_rows: Any,
+        steps: int,
+    ) -> None:
+        """Begin with `batch`, one token of each sequence, by `ahead`, which gives the results.
+
+        Args:
+            batch: see `model.batch.Batch`; its arrays may be used again at once.
+            kv_caches: written.
+            sampling: draws the tokens.
+            logit_rows: `history`, `rows`, `history_lens` and `output_positions` for it; what is
+                drawn is written behind the rows' `history.tokens`.
+            steps: see `StepsAhead.want`.
+        """
+        ahead = self.ahead
+        if ahead is None:
+            raise ValueError("steps of this decoder are not native from end to end")
+        step = self._input(batch, kv_caches)
+        count, history = len(batch.logit_rows), logit_rows.history
+        if len(self._ahead_logits) != count:
+            self._ahead_logits = torch.empty((count, self._spec.vocab_size))
+        step.hidden, step.logit_rows = pointer(self._buffers["narrow"]), pointer(batch.logit_rows)
+        step.logits, step.num_logits = pointer(self._ahead_logits), count
+        drawing = sampling.arguments(
+            self._ahead_logits,
+            history.tokens,
+            logit_rows.rows,
+            logit_rows.history_lens,
+            logit_rows.output_positions,
+        )
+        ahead.start(
+            self._program,
+            step,
+            drawing,
+            groups=len(batch.groups),
+            steps=steps,
+            kept=(self, sampling, history, kv_caches),
+        )
+
     def _run(self, step: StepInput) -> None:
         self._context.step(self._program, step)
         self._vocabulary.collective.check()
@@ -162,6 +211,7 @@ class NativeStep:
 
     def _input(self, batch: Any, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> StepInput:
         """The one input struct, pointing to this batch; workspace is there already."""
+        self._context.settle()  # it reads what may be made anew
         tokens = len(batch.input_ids)
         self._grow(tokens)
         self._point_at(kv_caches)

@@ -57,18 +57,31 @@ class NativeSampling:
         output_positions: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """See `RowSampling.sample`."""
-        if logits.dtype != torch.float32 or not logits.is_contiguous():
-            raise ValueError("logits must be float32 and contiguous")
-        count, vocab_size = logits.shape
+        count = len(logits)
         token_ids, valid = np.empty(count, np.int64), np.empty(count, np.bool_)
-        arguments = self._arguments
-        arguments.logits, arguments.n, arguments.vocab = logits.data_ptr(), count, vocab_size
-        arguments.tokens, arguments.token_stride = _address(tokens), tokens.shape[1]
-        arguments.rows, arguments.history_lens = _address(rows), _address(history_lens)
-        arguments.output_positions = _address(output_positions)
+        arguments = self.arguments(logits, tokens, rows, history_lens, output_positions)
         arguments.token_ids, arguments.valid = _address(token_ids), _address(valid)
         self._call()
         return token_ids, valid
+
+    def arguments(
+        self,
+        logits: Tensor,
+        tokens: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        history_lens: NDArray[np.int64],
+        output_positions: NDArray[np.int64],
+    ) -> Sampling:
+        """The one struct of all calls, set but for where the results go."""
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            raise ValueError("logits must be float32 and contiguous")
+        arguments = self._arguments
+        arguments.logits = logits.data_ptr()
+        arguments.n, arguments.vocab = logits.shape
+        arguments.tokens, arguments.token_stride = _address(tokens), tokens.shape[1]
+        arguments.rows, arguments.history_lens = _address(rows), _address(history_lens)
+        arguments.output_positions = _address(output_positions)
+        return arguments
 
 
 def _address(array: NDArray[np.generic]) -> int:

@@ -3,15 +3,25 @@
 #include <string>
 #include <vector>
 
+#include "ahead.h"
 #include "kernels.h"
 #include "program.h"
 
 namespace {
 
 struct Context {
+  Context(int threads, const tgi::Kernels* chosen) : pool(threads), kernels(chosen), ahead(pool, *chosen) {}
   tgi::Pool pool;
   const tgi::Kernels* kernels;
+  tgi::Ahead ahead;
 };
+
+// The context for anything but steps ahead, of which none runs any more.
+Context* settled(void* context) {
+  auto* c = static_cast<Context*>(context);
+  c->ahead.settle();
+  return c;
+}
 
 // The variants this CPU can run, best first.
 std::vector<const tgi::Kernels*> found_variants() {
@@ -41,7 +51,7 @@ const char* tgi_variants() {
 void* tgi_context(const char* variant, int threads) {
   if (threads < 1) return nullptr;
   for (const tgi::Kernels* each : found_variants())
-    if (std::strcmp(each->name, variant) == 0) return new Context{tgi::Pool(threads), each};
+    if (std::strcmp(each->name, variant) == 0) return new Context(threads, each);
   return nullptr;
 }
 
@@ -57,7 +67,7 @@ void tgi_pack_grouped(void* context, const tgi::PackGrouped* arguments) {
 
 #define TGI_CALL(function, type)                          \
   void tgi_##function(void* context, const tgi::type* arguments) { \
-    auto* c = static_cast<Context*>(context);             \
+    auto* c = settled(context);                           \
     c->kernels->function(c->pool, *arguments);            \
   }
 
@@ -70,8 +80,18 @@ TGI_CALL(probe, Probe)
 TGI_CALL(sample, Sampling)
 
 void tgi_step(void* context, const tgi::Program* program, const tgi::StepInput* input) {
-  auto* c = static_cast<Context*>(context);
+  auto* c = settled(context);
   tgi::run_step(c->pool, *c->kernels, *program, *input);
 }
+
+void tgi_ahead_start(void* context, const tgi::AheadStart* from) { static_cast<Context*>(context)->ahead.start(*from); }
+
+void tgi_ahead_want(void* context, int64_t steps) { static_cast<Context*>(context)->ahead.want(steps); }
+
+int tgi_ahead_finish(void* context, int64_t* token_ids, uint8_t* valid) {
+  return static_cast<Context*>(context)->ahead.finish(token_ids, valid) ? 1 : 0;
+}
+
+void tgi_ahead_settle(void* context) { static_cast<Context*>(context)->ahead.settle(); }
 
 }  // extern "C"

@@ -93,21 +93,49 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
   }
 }
 
-// Cuts panels, or tiles of them, into runs that get shorter: long ones stream through memory, short ones
-// at the end let all threads end together. first[i] is where run i begins.
-struct PanelRuns {
-  static constexpr int64_t kMost = 128;
-  int64_t first[kMost + 1];
-  int64_t count = 0;
-
-  PanelRuns(int64_t panels, int threads) {
-    const int64_t least = (panels + kMost - 1) / kMost;
-    for (int64_t at = 0; at < panels; ++count) {
-      first[count] = at;
-      at += std::max((panels - at + 2 * threads - 1) / (2 * threads), least);
+// Tiles of a matrix for a lone row, which is done when they are read: each thread streams through a
+// share of its own, and what is left of the others' shares it takes from their ends. So a stream goes on
+// where it was fetched ahead, and a thread that lost its core holds back the one tile it works on.
+class TileStreams {
+ public:
+  TileStreams(int64_t tiles, int threads) : count_(std::min({tiles, int64_t{threads}, kMost})) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const uint64_t first = static_cast<uint64_t>(tiles * i / count_);
+      const uint64_t end = static_cast<uint64_t>(tiles * (i + 1) / count_);
+      shares_[i].left.store(end << 32 | first, std::memory_order_relaxed);
     }
-    first[count] = panels;
   }
+
+  int64_t count() const { return count_; }
+
+  // Calls visit(tile) for what is left of share `own`, then of the others.
+  template <class Visit>
+  void run(int64_t own, const Visit& visit) {
+    for (int64_t i = 0; i < count_; ++i) {
+      std::atomic<uint64_t>& left = shares_[(own + i) % count_].left;
+      for (int64_t tile; (tile = take(left, i == 0)) >= 0;) visit(tile);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMost = 64;
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left;  // its end << 32 | its first tile
+  };
+
+  // Only the claim is shared here; the pool orders what the tiles' results are written and read by.
+  static int64_t take(std::atomic<uint64_t>& left, bool first) {
+    for (uint64_t now = left.load(std::memory_order_relaxed);;) {
+      const uint64_t begin = now & 0xffffffffu, end = now >> 32;
+      if (begin == end) return -1;
+      const uint64_t rest = first ? now + 1 : now - (uint64_t{1} << 32);
+      if (left.compare_exchange_weak(now, rest, std::memory_order_relaxed))
+        return static_cast<int64_t>(first ? begin : end - 1);
+    }
+  }
+
+  Share shares_[kMost];
+  int64_t count_;
 };
 
 // A part of an [m, n] result for one thread. `next` is the panel that it will probably need after these, or
@@ -129,12 +157,12 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
   const int64_t panels = (g.w.n + kPanel - 1) / kPanel;
   const int64_t row_blocks = (g.m + row_block - 1) / row_block;
   row_block = (g.m + row_blocks - 1) / row_blocks;  // of one size, so that threads end together
-  // bf16 panels are large: there short runs cost more than they give.
-  if (g.m == 1 && static_cast<Form>(g.w.form) != Form::kBf16) {
-    const PanelRuns runs((panels + group - 1) / group, pool.size());
-    pool.parallel(runs.count, [&](int64_t item, int worker) {
-      const int64_t first = runs.first[item] * group, end = std::min(runs.first[item + 1] * group, panels);
-      block(Part{0, 1, first, end - first, -1, worker});
+  if (g.m == 1) {
+    TileStreams streams((panels + group - 1) / group, pool.size());
+    pool.parallel(streams.count(), [&](int64_t item, int worker) {
+      streams.run(item, [&](int64_t tile) {
+        block(Part{0, 1, tile * group, std::min(group, panels - tile * group), -1, worker});
+      });
     });
     return;
   }

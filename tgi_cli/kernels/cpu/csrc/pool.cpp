@@ -97,7 +97,7 @@ uint32_t Pool::claim_and_run(uint32_t epoch, int worker) {
       continue;
     body(context, static_cast<uint32_t>(ticket), worker);
     const uint32_t done = done_.fetch_add(1, std::memory_order_seq_cst) + 1;
-    if (worker != 0 && done == items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
+    if (done == items && caller_sleeps_.load(std::memory_order_seq_cst) != 0) futex_wake(&done_);
     ++ran;
     ticket = ticket_.load(std::memory_order_acquire);
   }
@@ -107,9 +107,10 @@ uint32_t Pool::claim_and_run(uint32_t epoch, int worker) {
 void Pool::run(int64_t items, Body body, void* context) {
   if (items <= 0) return;
   const auto started = Clock::now();
+  const int caller = caller_.load(std::memory_order_relaxed);
   if (items > 1 && !threads_.empty()) adapt(started);
   if (items == 1 || threads_.empty() || width_.load(std::memory_order_relaxed) <= 1) {
-    for (int64_t i = 0; i < items; ++i) body(context, i, 0);
+    for (int64_t i = 0; i < items; ++i) body(context, i, caller);
     return;
   }
   const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -119,11 +120,8 @@ void Pool::run(int64_t items, Body body, void* context) {
   job.items.store(static_cast<uint32_t>(items), std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
   ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_seq_cst);
-  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-    wake_.fetch_add(1, std::memory_order_seq_cst);
-    futex_wake(&wake_);
-  }
-  const uint32_t ran = claim_and_run(epoch, 0);
+  wake();
+  const uint32_t ran = claim_and_run(epoch, caller);
   wait_for(static_cast<uint32_t>(items), started, ran);
 }
 
@@ -133,6 +131,7 @@ void Pool::wait_for(uint32_t items, Clock::time_point started, uint32_t ran) {
   if (done_.load(std::memory_order_acquire) == items) return;
   const auto began = Clock::now();
   for (int spins = 1; done_.load(std::memory_order_acquire) < items; ++spins) {
+    fetch_some(caller_.load(std::memory_order_relaxed), &fetched_);
     relax();
     if ((spins & 63) == 0 && Clock::now() - began > kCallerSpin) break;
   }
@@ -153,7 +152,10 @@ void Pool::fetch_some(int worker, Fetched* fetched) const {
   if (data != fetched->data) *fetched = {data, 0};
   const int64_t share = ahead_share_.load(std::memory_order_relaxed);
   if (fetched->bytes >= (share < kFetchMost ? share : kFetchMost)) return;
-  const char* at = data + worker * share + fetched->bytes;
+  // The workers claim behind the caller, in whatever order; with two threads that is one order.
+  const int caller = caller_.load(std::memory_order_relaxed);
+  const int turn = worker == caller ? 0 : worker == 0 ? caller : worker;
+  const char* at = data + turn * share + fetched->bytes;
   for (int64_t i = 0; i < kFetchLines; ++i) __builtin_prefetch(at + i * 64, 0, 2);
   fetched->bytes += kFetchLines * 64;
 }
@@ -179,14 +181,38 @@ void Pool::adapt(Clock::time_point now) {
   slept_ = Clock::duration::zero();
 }
 
-void Pool::work(int worker) {
-  set_float_mode();
+void Pool::wake() {
+  if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+  wake_.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake(&wake_);
+}
+
+bool Pool::delegate(Task task, void* context) {
+  if (threads_.empty()) return false;
+  if (delegated_.load(std::memory_order_seq_cst) == kNone) task_ = task, task_context_ = context;
+  if (delegated_.exchange(kAsked, std::memory_order_seq_cst) == kNone) wake();
+  return true;
+}
+
+void Pool::run_delegated() {
+  for (uint32_t running = kRunning;; running = kRunning) {
+    delegated_.store(kRunning, std::memory_order_seq_cst);
+    caller_.store(1, std::memory_order_relaxed);
+    task_(task_context_);
+    caller_.store(0, std::memory_order_relaxed);
+    if (delegated_.compare_exchange_strong(running, kNone, std::memory_order_seq_cst)) break;
+  }
+  wake();  // who waits for the end of it
+}
+
+template <class F>
+void Pool::take_part(int worker, F over) {
   uint32_t seen = 0;
   Fetched fetched;
-  while (!stop_.load(std::memory_order_relaxed)) {
-    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  while (!over()) {
+    const auto deadline = Clock::now() + kSpin;
     bool found = false;
-    for (int spins = 0;; ++spins) {
+    for (int spins = 0; !over(); ++spins) {
       const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_acquire) >> 32);
       if (epoch != seen) {
         seen = epoch;
@@ -195,16 +221,32 @@ void Pool::work(int worker) {
       }
       fetch_some(worker, &fetched);
       relax();
-      if ((spins & 63) == 63 && std::chrono::steady_clock::now() > deadline) break;
+      if ((spins & 63) == 63 && Clock::now() > deadline) break;
     }
     if (found) continue;
-    // Sleep protocol: announce, look once more, then wait on a word read before that look. The
-    // caller publishes the job before it reads `sleepers_`, so one of the two sees the other.
+    // Sleep protocol: announce, look once more, then wait on a word read before that look. Who
+    // publishes a job, or ends what is waited for, does so before it reads `sleepers_`, so one of the
+    // two sees the other.
     const uint32_t word = wake_.load(std::memory_order_seq_cst);
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     const uint32_t epoch = static_cast<uint32_t>(ticket_.load(std::memory_order_seq_cst) >> 32);
-    if (epoch == seen && !stop_.load(std::memory_order_seq_cst)) futex_wait(&wake_, word);
+    if (epoch == seen && !over()) futex_wait(&wake_, word);
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+void Pool::assist(bool (*over)(void* context), void* context) {
+  take_part(0, [over, context] { return over(context); });
+}
+
+void Pool::work(int worker) {
+  set_float_mode();
+  while (!stop_.load(std::memory_order_seq_cst)) {
+    take_part(worker, [this, worker] {
+      return stop_.load(std::memory_order_seq_cst) ||
+             (worker == 1 && delegated_.load(std::memory_order_seq_cst) == kAsked);
+    });
+    if (worker == 1 && delegated_.load(std::memory_order_seq_cst) == kAsked) run_delegated();
   }
 }
 

@@ -60,7 +60,8 @@ struct Runner {
   // To be said before the product before it: threads that wait begin to fetch this matrix. For a lone row,
   // whose kernels are short; bf16 keeps memory busy without it.
   void next(const Matrix& w) const {
-    if (step.tokens == 1 && static_cast<Form>(w.form) > Form::kBf16) pool.look_ahead(w.data, code_bytes(w));
+    if (step.tokens == 1 && static_cast<Form>(w.form) > Form::kBf16)
+      pool.look_ahead(w.data, code_bytes(w) / pool.size());
   }
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
@@ -176,17 +177,21 @@ struct Runner {
 
 }  // namespace
 
-void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step) {
+bool run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step,
+              const std::atomic<bool>* unwanted) {
   Runner runner{pool, kernels, program, step, step.tokens};
   runner.next(program.layers[0].qkv);
   runner.find_adapters();
   runner.embed();
-  for (int64_t i = 0; i < program.num_layers && !runner.lost; ++i)
+  for (int64_t i = 0; i < program.num_layers && !runner.lost; ++i) {
+    if (unwanted != nullptr && unwanted->load(std::memory_order_relaxed)) return false;
     runner.layer(program.layers[i], i + 1 == program.num_layers);
-  if (step.logit_rows != nullptr && step.num_logits == 0) return;
+  }
+  if (step.logit_rows != nullptr && step.num_logits == 0) return true;
   runner.norm(step.residual, program.final_norm, program.final_eps, step.hidden, false);
   if (step.logit_rows != nullptr)
     runner.gemm(step.hidden, program.head, nullptr, step.logits, program.head.n, Epilogue::kStoreFloat);
+  return true;
 }
 
 }  // namespace tgi

@@ -3,6 +3,7 @@
 // The structs mirror kernels/cpu/program.py field by field; all pointers belong to the caller.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "collective.h"
@@ -74,6 +75,8 @@ struct StepInput {
   float* gated;                      // workspace [tokens, 2 * max intermediate], with `adapter_slots` alone
 };
 
-void run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step);
+// False if it was given up between two layers, as `unwanted` had become true.
+bool run_step(Pool& pool, const Kernels& kernels, const Program& program, const StepInput& step,
+              const std::atomic<bool>* unwanted = nullptr);
 
 }  // namespace tgi
