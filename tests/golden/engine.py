@@ -39,6 +39,7 @@ def make_core(
     max_batch_tokens: int = 64,
     prefix_caching: bool = True,
     num_shard: int = 1,
+    num_threads: int | None = None,
     adapters: Sequence[str] = (),
 ) -> EngineCore:
     config = EngineConfig(
@@ -57,7 +58,7 @@ def make_core(
             prefix_caching=prefix_caching,
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens),
-        parallel=ParallelConfig(num_shard=num_shard),
+        parallel=ParallelConfig(num_shard=num_shard, num_threads=num_threads),
         lora=AdapterConfig(adapters=parse_adapters(adapters, flag="adapters")),
     )
     return EngineCore.load(config, lambda phase, fraction: None)

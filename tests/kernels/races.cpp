@@ -1,13 +1,16 @@
-// `races pool|collective`: threads that share what kernels share, for the thread sanitizer to watch.
+// `races pool|delegated|collective`: threads that share what kernels share, for the thread sanitizer to watch.
 //
 // It knows C++'s memory model and not this machine's: an order of accesses that only x86 happens to
 // keep is reported too. Numbers are checked on the way. Ranks are threads here and processes in an
 // engine; to the memory that they share it is the same.
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "collective.h"
@@ -29,6 +32,54 @@ void pool() {
     pool.parallel(items, [&](int64_t i, int) { values[static_cast<size_t>(i)] = job * i; });
     for (int64_t i = 0; i < items; ++i) check(values[static_cast<size_t>(i)] == job * i, "an item");
     if (job % 1000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+// What a caller hands to the first worker, and reads when that is over or has gone on.
+struct Handed {
+  tgi::Pool& pool;
+  int64_t wanted = 0;  // written by the caller before it asks
+  std::atomic<int64_t> asked{0}, done{0};
+  int64_t ended = 0;  // the worker's until it is over
+  std::vector<int64_t> values = std::vector<int64_t>(64);
+
+  void run() {
+    for (int64_t job = done.load(std::memory_order_relaxed); job < asked.load(std::memory_order_seq_cst);) {
+      check(job < wanted, "more than was wanted");
+      pool.parallel(2 + job % 5, [&](int64_t i, int) { values[static_cast<size_t>(job % 2 * 32 + i)] = job * i; });
+      done.store(++job, std::memory_order_seq_cst);
+      pool.wake();
+    }
+    ++ended;
+  }
+};
+
+// The caller asks for one job more than it waits for, goes away, lends a hand, and takes over again.
+void delegated() {
+  tgi::Pool pool(3);
+  for (int64_t turn = 0; turn < 200; ++turn) {
+    Handed handed{pool};
+    handed.wanted = 12;
+    int64_t taken = 0;
+    for (; taken < 10; ++taken) {
+      handed.asked.store(taken + 2, std::memory_order_seq_cst);
+      check(pool.delegate([](void* h) { static_cast<Handed*>(h)->run(); }, &handed), "a worker");
+      if (turn % 50 == 7) std::this_thread::sleep_for(std::chrono::microseconds(200));
+      std::pair<Handed*, int64_t> wait{&handed, taken};
+      pool.assist(
+          [](void* w) {
+            auto* each = static_cast<std::pair<Handed*, int64_t>*>(w);
+            return each->first->done.load(std::memory_order_seq_cst) > each->second;
+          },
+          &wait);
+      for (int64_t i = 0; i < 2 + taken % 5; ++i)
+        check(handed.values[static_cast<size_t>(taken % 2 * 32 + i)] == taken * i, "a job that was waited for");
+    }
+    pool.assist([](void* p) { return !static_cast<tgi::Pool*>(p)->delegating(); }, &pool);
+    check(handed.done.load() == 11 && handed.ended > 0, "all that was asked for");
+    std::vector<int64_t> own(8);
+    pool.parallel(8, [&](int64_t i, int) { own[static_cast<size_t>(i)] = turn + i; });
+    check(own[7] == turn + 7, "the caller's own job");
   }
 }
 
@@ -92,6 +143,8 @@ void collective(int world) {
 int main(int count, char** arguments) {
   if (count == 2 && std::string(arguments[1]) == "pool") {
     pool();
+  } else if (count == 2 && std::string(arguments[1]) == "delegated") {
+    delegated();
   } else {
     collective(2);
     collective(3);

@@ -36,6 +36,16 @@ WEAKENED = {
         ("ticket_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_seq_cst)", "seq_cst"),
         "pool",
     ),
+    "a task is handed over relaxed": (
+        "pool.cpp",
+        ("delegated_.exchange(kAsked, std::memory_order_seq_cst)", "seq_cst"),
+        "delegated",
+    ),
+    "the end of a task is told relaxed": (
+        "pool.cpp",
+        ("compare_exchange_strong(running, kNone, std::memory_order_seq_cst)", "seq_cst"),
+        "delegated",
+    ),
 }
 
 
@@ -77,7 +87,7 @@ def sanitizer(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def test_no_data_race(tmp_path: Path) -> None:
     program = str(built(tmp_path))
-    for part in ("pool", "collective"):
+    for part in ("pool", "delegated", "collective"):
         done = run([*FIXED, program, part])
         assert done.returncode == 0, done.stderr[-4000:]
 

@@ -89,7 +89,7 @@ class DecodeRun:
         self._rows = [row.row for row in scheduled]
         self._starts = [row.start + 1 for row in scheduled]
         self._num_asked, self._num_finished = 1, 0
-        # What is known fills blocks, of which the last have room; no sequence is longer than it may be.
+        # What is known fills blocks, of which the last have room; no sequence exceeds the context.
         size, longest = self._block_size, self._history.max_len
         self._room = min(min(-(-known // size) * size, longest) - known for known in self._starts)
         self._native.start_ahead(

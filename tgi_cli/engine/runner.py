@@ -161,11 +161,12 @@ class ModelRunner:
         )
 
     def run(self, step: Step) -> None:
-        """Compute an admitted step, up to its logits."""
+        """Compute an admitted step, up to its logits; what a `DecodeRun` takes is begun."""
         self._kv_cache.begin()
         with self._mode():
             self._run(step)
-        self._kv_cache.rest()
+        if self._in_flight[-1].run is None:  # otherwise it runs until it is collected
+            self._kv_cache.rest()
 
     def collect(self) -> StepOutput:
         """Draw the tokens of the oldest submitted step and add them to the rows."""
@@ -220,7 +221,9 @@ class ModelRunner:
         step, built = flight.step, flight.built
         drawn: list[RowOutput] = []
         if built is not None and flight.run is not None:
-            drawn = self._drawn(flight, built, flight.run.finish())
+            sampled = flight.run.finish()
+            self._kv_cache.rest()
+            drawn = self._drawn(flight, built, sampled)
         elif flight.logits is not None and built is not None and len(built.logit_rows):
             sampled = self._sampler.sample(flight.logits, built.logit_rows)
             drawn = self._drawn(flight, built, sampled)
