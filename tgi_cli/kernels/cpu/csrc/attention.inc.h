@@ -277,9 +277,20 @@ struct AttentionPlan {
   }
 };
 
+// What is read of a head's first tile, some hundred lines: asked for while its new token is made ready.
+inline void fetch_tile(const Tile& tile, const char* const* blocks, int64_t bytes) {
+  for (int b = 0; b <= tile.high / kBlock; ++b)
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(blocks[b] + line);
+}
+
+// `rope`, if not null: the tokens are yet to be rotated and stored.
 template <class Form>
-void attention_in(Pool& pool, const Attention& a, const Form& form) {
+void attention_in(Pool& pool, const Attention& a, const Form& form, const RopeStore* rope) {
   const AttentionPlan plan(a, pool.size());
+  // A lone token whose heads are items of their own is made ready head by head, with what reads it.
+  const bool by_head = rope != nullptr && rope->tokens == 1 && plan.split.empty() &&
+                       plan.items.size() == static_cast<size_t>(a.kv_heads);
+  if (rope != nullptr && !by_head) rope_store(pool, *rope);
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
   const int64_t most = group > kItemRows ? group : kItemRows;  // rows of an item
   const int64_t part_rows = kItemRows / 4 > group ? kItemRows / 4 : group;
@@ -310,6 +321,15 @@ void attention_in(Pool& pool, const Attention& a, const Form& form) {
         return rows + at;
       });
       return;
+    }
+    if (by_head) {
+      const Span span = visible_span(a, 0, 0, 1);
+      const Tile tile = find_tile(a, 0, item.kv_head, span.begin(), span.first_visible, span.last_key);
+      const int64_t bytes = head_bytes(static_cast<KvForm>(a.kv_form), dim);
+      fetch_tile(tile, tile.keys, bytes);
+      for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) rope_query(*rope, 0, h);
+      fetch_tile(tile, tile.values, bytes);
+      store_key_value(*rope, 0, item.kv_head);
     }
     const int64_t own = worker * most;
     for (int64_t h = item.kv_head; h < item.kv_head + item.kv_heads; ++h) {
@@ -344,13 +364,17 @@ void attention_in(Pool& pool, const Attention& a, const Form& form) {
   });
 }
 
-void attention(Pool& pool, const Attention& a) {
+inline void attention_after(Pool& pool, const Attention& a, const RopeStore* rope) {
   switch (static_cast<KvForm>(a.kv_form)) {
-    case KvForm::kBf16: attention_in(pool, a, Bf16Pairs{}); break;
-    case KvForm::kHalf: attention_in(pool, a, Halves{}); break;
-    case KvForm::kFloat: attention_in(pool, a, Floats{}); break;
-    case KvForm::kInt8: attention_in(pool, a, Int8Pairs{}); break;
-    case KvForm::kE4m3: attention_in(pool, a, Fp8Pairs{4, static_cast<int32_t>(0x87f087f0u), 0x1p60f}); break;
-    case KvForm::kE5m2: attention_in(pool, a, Fp8Pairs{5, static_cast<int32_t>(0x8fe08fe0u), 0x1p52f}); break;
+    case KvForm::kBf16: attention_in(pool, a, Bf16Pairs{}, rope); break;
+    case KvForm::kHalf: attention_in(pool, a, Halves{}, rope); break;
+    case KvForm::kFloat: attention_in(pool, a, Floats{}, rope); break;
+    case KvForm::kInt8: attention_in(pool, a, Int8Pairs{}, rope); break;
+    case KvForm::kE4m3: attention_in(pool, a, Fp8Pairs{4, static_cast<int32_t>(0x87f087f0u), 0x1p60f}, rope); break;
+    case KvForm::kE5m2: attention_in(pool, a, Fp8Pairs{5, static_cast<int32_t>(0x8fe08fe0u), 0x1p52f}, rope); break;
   }
 }
+
+void attention(Pool& pool, const Attention& a) { attention_after(pool, a, nullptr); }
+
+void rope_attention(Pool& pool, const RopeStore& rope, const Attention& a) { attention_after(pool, a, &rope); }

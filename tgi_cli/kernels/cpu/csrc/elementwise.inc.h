@@ -66,34 +66,36 @@ inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64
   }
 }
 
+// A query head of a token, rotated, in bf16.
+inline void rope_query(const RopeStore& a, int64_t t, int64_t h) {
+  const int64_t dim = a.head_dim;
+  float* x = a.qkv + (t * (a.heads + 2 * a.kv_heads) + h) * dim;
+  rotate_head(x, a.q_norm, a.cos_sin + a.positions[t] * a.rotary_dim, dim, a.rotary_dim, a.eps);
+  bf16* q = a.q + (t * a.heads + h) * dim;
+  for (int64_t i = 0; i < dim; i += kLanes) store_bf16(q + i, load(x + i));
+}
+
+// Key and value of a token's KV head into the cache.
+inline void store_key_value(const RopeStore& a, int64_t t, int64_t h) {
+  const auto form = static_cast<KvForm>(a.kv_form);
+  const int64_t dim = a.head_dim, block = a.slots[t] / kBlock, at = a.slots[t] % kBlock;
+  const int64_t place = (block * a.kv_heads + h) * head_bytes(form, dim);
+  alignas(64) char codes[512 * 4];
+  float* key = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + h) * dim;
+  rotate_head(key, a.k_norm, a.cos_sin + a.positions[t] * a.rotary_dim, dim, a.rotary_dim, a.eps);
+  float scale = encode_head(form, key, dim, codes);
+  place_head<true>(form, codes, scale, dim, at, static_cast<char*>(a.k_cache) + place);
+  scale = encode_head(form, key + a.kv_heads * dim, dim, codes);
+  place_head<false>(form, codes, scale, dim, at, static_cast<char*>(a.v_cache) + place);
+}
+
 void rope_store(Pool& pool, const RopeStore& a) {
   constexpr int64_t kTokens = 8;
-  const int64_t dim = a.head_dim;
-  const int64_t width = (a.heads + 2 * a.kv_heads) * dim;
-  const auto form = static_cast<KvForm>(a.kv_form);
-  const int64_t bytes = head_bytes(form, dim);
   pool.parallel((a.tokens + kTokens - 1) / kTokens, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kTokens < a.tokens ? (item + 1) * kTokens : a.tokens;
-    alignas(64) char codes[512 * 4];
     for (int64_t t = item * kTokens; t < end; ++t) {
-      float* qkv = a.qkv + t * width;
-      const float* angles = a.cos_sin + a.positions[t] * a.rotary_dim;
-      for (int64_t h = 0; h < a.heads; ++h) {
-        float* x = qkv + h * dim;
-        bf16* q = a.q + (t * a.heads + h) * dim;
-        rotate_head(x, a.q_norm, angles, dim, a.rotary_dim, a.eps);
-        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(q + i, load(x + i));
-      }
-      const int64_t block = a.slots[t] / kBlock, at = a.slots[t] % kBlock;
-      for (int64_t h = 0; h < a.kv_heads; ++h) {
-        const int64_t place = (block * a.kv_heads + h) * bytes;
-        float* key = qkv + (a.heads + h) * dim;
-        rotate_head(key, a.k_norm, angles, dim, a.rotary_dim, a.eps);
-        float scale = encode_head(form, key, dim, codes);
-        place_head<true>(form, codes, scale, dim, at, static_cast<char*>(a.k_cache) + place);
-        scale = encode_head(form, qkv + (a.heads + a.kv_heads + h) * dim, dim, codes);
-        place_head<false>(form, codes, scale, dim, at, static_cast<char*>(a.v_cache) + place);
-      }
+      for (int64_t h = 0; h < a.heads; ++h) rope_query(a, t, h);
+      for (int64_t h = 0; h < a.kv_heads; ++h) store_key_value(a, t, h);
     }
   });
 }

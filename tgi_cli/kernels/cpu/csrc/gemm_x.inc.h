@@ -391,3 +391,9 @@ void gemm(Pool& pool, const Gemm& g) {
     }
   });
 }
+
+int64_t panel_bytes(const Matrix& w) {
+  int64_t bytes = w.k * kPanel * 2;
+  visit_grouped(w, [&](auto grouped) { bytes = decltype(grouped)::panel_bytes(w); });
+  return bytes;
+}

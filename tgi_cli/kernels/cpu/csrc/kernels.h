@@ -194,10 +194,12 @@ struct Kernels {
   const char* name;
   void (*pack)(const uint16_t* w, int64_t n, int64_t k, uint16_t* out);
   void (*pack_grouped)(const PackGrouped&);
+  int64_t (*panel_bytes)(const Matrix&);  // of kPanel outputs
   void (*gemm)(Pool&, const Gemm&);
   void (*rms_norm)(Pool&, const RmsNorm&);
   void (*rope_store)(Pool&, const RopeStore&);
   void (*attention)(Pool&, const Attention&);
+  void (*rope_attention)(Pool&, const RopeStore&, const Attention&);  // one after the other
   void (*embed)(Pool&, const Embed&);
   void (*sample)(Pool&, const Sampling&);
   void (*probe)(Pool&, const Probe&);

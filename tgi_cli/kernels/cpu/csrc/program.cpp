@@ -7,23 +7,6 @@
 namespace tgi {
 namespace {
 
-// Bytes of the codes of a grouped form; its scales come on top.
-int64_t code_bytes(const Matrix& w) {
-  switch (static_cast<Form>(w.form)) {
-    case Form::kInt4:
-    case Form::kInt4Min:
-    case Form::kInt4MinF:
-    case Form::kInt4Wide:
-    case Form::kInt4WideMin:
-    case Form::kNf4:
-    case Form::kFp4:
-    case Form::kE2m1:
-      return w.n * w.k / 2;
-    default:
-      return w.n * w.k;
-  }
-}
-
 struct Runner {
   Pool& pool;
   const Kernels& kernels;
@@ -58,10 +41,11 @@ struct Runner {
   }
 
   // To be said before the product before it: threads that wait begin to fetch this matrix. For a lone row,
-  // whose kernels are short; bf16 keeps memory busy without it.
+  // whose kernels are short.
   void next(const Matrix& w) const {
-    if (step.tokens == 1 && static_cast<Form>(w.form) > Form::kBf16)
-      pool.look_ahead(w.data, code_bytes(w) / pool.size());
+    if (step.tokens != 1) return;
+    const int64_t panels = (w.n + kPanel - 1) / kPanel;  // shared out as `TileStreams` does
+    pool.look_ahead(w.data, panels / pool.size() * kernels.panel_bytes(w));
   }
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
@@ -149,14 +133,15 @@ struct Runner {
     next(l.output);
     gemm(step.narrow, l.qkv, l.qkv_bias, step.wide, l.qkv.n, Epilogue::kStoreFloat);
     adapt(l, LoraTarget::kQkv, step.narrow, l.qkv, step.wide, l.qkv.n);
-    kernels.rope_store(pool, {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
-                              step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
-                              l.head_dim, l.rotary_dim, l.qk_eps, l.kv_form});
+    const RopeStore rope = {step.wide, l.cos_sin, l.q_norm, l.k_norm, step.positions, step.slots[l.group],
+                            step.queries, l.k_cache, l.v_cache, step.tokens, l.heads, l.kv_heads,
+                            l.head_dim, l.rotary_dim, l.qk_eps, l.kv_form};
     // After the last layer's keys and values, only rows whose logits are wanted need the rest.
-    if (last && step.logit_rows != nullptr && step.num_logits == 0) return;
-    kernels.attention(pool, {step.queries, l.k_cache, l.v_cache, step.block_tables[l.group], step.seq_lens,
-                             step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
-                             l.kv_heads, l.head_dim, l.window, l.scale, l.softcap, l.kv_form, l.slopes, l.sinks});
+    if (last && step.logit_rows != nullptr && step.num_logits == 0) return kernels.rope_store(pool, rope);
+    kernels.rope_attention(pool, rope,
+                           {step.queries, l.k_cache, l.v_cache, step.block_tables[l.group], step.seq_lens,
+                            step.query_start, step.attended, step.seqs, step.table_strides[l.group], l.heads,
+                            l.kv_heads, l.head_dim, l.window, l.scale, l.softcap, l.kv_form, l.slopes, l.sinks});
     if (last && step.logit_rows != nullptr) keep_logit_rows(l.heads * l.head_dim);
     next(l.gate_up);
     into_residual(l, LoraTarget::kOutput, step.attended, l.output, l.output_bias, l.after_attention_norm);

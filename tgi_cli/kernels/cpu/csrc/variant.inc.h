@@ -16,7 +16,7 @@ namespace tgi::TGI_NS {
 #include "probe.inc.h"
 #include "lora.inc.h"
 
-constexpr Kernels kTable = {TGI_TEXT(TGI_NS), pack,  pack_grouped, gemm,  rms_norm,
-                            rope_store,       attention, embed,    sample, probe,
-                            lora,             activate};
+constexpr Kernels kTable = {TGI_TEXT(TGI_NS), pack,       pack_grouped, panel_bytes,    gemm,
+                            rms_norm,         rope_store, attention,    rope_attention, embed,
+                            sample,           probe,      lora,         activate};
 }  // namespace tgi::TGI_NS
