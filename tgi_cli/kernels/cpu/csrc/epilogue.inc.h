@@ -98,15 +98,14 @@ __attribute__((noinline)) inline void gemm_finish(const Gemm& g, int64_t row, in
 // where it was fetched ahead, and a thread that lost its core holds back the one tile it works on.
 class TileStreams {
  public:
-  TileStreams(int64_t tiles, int threads) : count_(std::min({tiles, int64_t{threads}, kMost})) {
-    for (int64_t i = 0; i < count_; ++i) {
-      const uint64_t first = static_cast<uint64_t>(tiles * i / count_);
-      const uint64_t end = static_cast<uint64_t>(tiles * (i + 1) / count_);
-      shares_[i].left.store(end << 32 | first, std::memory_order_relaxed);
-    }
+  TileStreams(int64_t tiles, int threads) : tiles_(tiles), count_(std::min({tiles, int64_t{threads}, kMost})) {
+    for (int64_t i = 0; i < count_; ++i)
+      shares_[i].left.store(static_cast<uint64_t>(first(i + 1)) << 32 | static_cast<uint64_t>(first(i)),
+                            std::memory_order_relaxed);
   }
 
   int64_t count() const { return count_; }
+  int64_t first(int64_t share) const { return tiles_ * share / count_; }
 
   // Calls visit(tile) for what is left of share `own`, then of the others.
   template <class Visit>
@@ -135,7 +134,7 @@ class TileStreams {
   }
 
   Share shares_[kMost];
-  int64_t count_;
+  int64_t tiles_, count_;
 };
 
 // A part of an [m, n] result for one thread. `next` is the panel that it will probably need after these, or

@@ -240,8 +240,28 @@ inline void grouped_block(const Gemm& g, const Activations* x, int64_t row, int6
   }
 }
 
+// A lone row. Every thread rounds it for itself, as that takes no longer than to wait for another, and
+// memory brings the beginning of its share meanwhile.
+template <class G>
+inline void lone_grouped(Pool& pool, const Gemm& g, G) {
+  const int64_t runs = g.w.k / kRun, bytes = G::panel_bytes(g.w) / runs;
+  auto* all = static_cast<Activations*>(pool.scratch(static_cast<size_t>(pool.size() * runs) * sizeof(Activations)));
+  TileStreams streams((g.w.n + kPanel - 1) / kPanel, pool.size());
+  pool.parallel(streams.count(), [&](int64_t share, int worker) {
+    Activations* x = all + worker * runs;
+    const uint8_t* first = G::codes(g.w, streams.first(share), 0);
+    for (int64_t i = 0; i < runs; ++i) {
+      for (int64_t line = 0; line < bytes; line += 64) prefetch(first + i * bytes + line);
+      bf16 run[kRun];
+      quantize_run<G>(run_of(g, 0, i, run), x + i);
+    }
+    streams.run(share, [&](int64_t panel) { grouped_block<G>(g, x, 0, 1, panel, -1); });
+  });
+}
+
 template <class G>
 inline void gemm_grouped(Pool& pool, const Gemm& g, G) {
+  if (g.m == 1) return lone_grouped(pool, g, G{});
   const int64_t runs = g.w.k / kRun;
   auto* x = static_cast<Activations*>(pool.scratch(static_cast<size_t>(g.m * runs) * sizeof(Activations)));
   constexpr int64_t kRows = 4;
