@@ -1,5 +1,5 @@
 """`python -m tgi_cli` is `tgi`."""
 
-from tgi_cli.cli.app import main
+from tgi_cli.cli.entry import main
 
 main()

@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -23,6 +23,9 @@ from typer.exceptions import TyperException
 from tgi_cli import __version__
 from tgi_cli.cli.console import Invocation, Printer, invocation
 from tgi_cli.errors import TgiError
+
+if TYPE_CHECKING:
+    from tgi_cli.serve.early_engine import EarlyEngine
 
 # The first line of each command's docstring, repeated so that listing them imports none.
 COMMANDS = {
@@ -199,15 +202,16 @@ def _program(
         raise typer.Exit(2)
 
 
-def main() -> NoReturn:
-    """Run `tgi`."""
-    typer.main.get_command(app).main(prog_name="tgi")
+def main(early_engine: EarlyEngine | None = None) -> NoReturn:
+    """Run `tgi`, with an engine for `launch` that has been started already."""
+    typer.main.get_command(app).main(prog_name="tgi", obj=Invocation(early_engine=early_engine))
     raise AssertionError("a program's main never returns")
 
 
-def launcher() -> NoReturn:
+def launcher(early_engine: EarlyEngine | None = None) -> NoReturn:
     """Run `text-generation-launcher`: `tgi launch` under TGI's name, open to the network."""
     load_command("launch").main(
-        prog_name="text-generation-launcher", obj=Invocation(default_host="0.0.0.0")
+        prog_name="text-generation-launcher",
+        obj=Invocation(default_host="0.0.0.0", early_engine=early_engine),
     )
     raise AssertionError("a program's main never returns")

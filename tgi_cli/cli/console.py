@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from typer import Context
 
+    from tgi_cli.serve.early_engine import EarlyEngine
+
 
 @dataclass(slots=False)
 class Printer:
@@ -77,6 +79,7 @@ class Invocation:
 
     printer: Printer = field(default_factory=Printer)
     default_host: str = "127.0.0.1"  # what `launch` binds when neither flag nor variable says
+    early_engine: EarlyEngine | None = None  # for `launch`
 
 
 def invocation(ctx: Context) -> Invocation:

@@ -27,6 +27,7 @@ from tgi_cli.cli.launch_flags import LOGGING, SETTINGS
 from tgi_cli.config import ServerConfig, Setting, environment, resolve
 from tgi_cli.engine.messages import ModelFacts
 from tgi_cli.errors import UsageError
+from tgi_cli.serve.early_engine import EarlyEngine
 
 _LOOPBACK = ("127.", "::1")
 
@@ -63,13 +64,15 @@ def command(ctx: typer.Context, **given: Any) -> None:
     else:
         if own["stop_with_stdin"]:
             threading.Thread(target=_stop_with_stdin, daemon=True).start()
-        code = _serve(config, talk)
+        code = _serve(config, talk, invocation(ctx).early_engine)
         if code:
             raise typer.Exit(code)
 
 
-def _serve(config: LaunchConfig, talk: _Talk) -> int:
+def _serve(config: LaunchConfig, talk: _Talk, early_engine: EarlyEngine | None) -> int:
     if config.engine.parallel.node_rank > 0:
+        if early_engine is not None:  # ranks are started by the node
+            early_engine.give_up()
         from tgi_cli.engine.node import Node
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -80,7 +83,11 @@ def _serve(config: LaunchConfig, talk: _Talk) -> int:
     # Until the supervisor listens to signals itself, an early SIGTERM must still clean up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     supervisor = Supervisor(
-        config.engine, config.server, on_listening=talk.listening, on_ready=talk.ready
+        config.engine,
+        config.server,
+        early_engine=early_engine,
+        on_listening=talk.listening,
+        on_ready=talk.ready,
     )
     return supervisor.run()
 

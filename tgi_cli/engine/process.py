@@ -2,7 +2,8 @@
 
 Reads `EngineStart` from the control channel, says what it is doing, then serves HTTP workers on a
 ZMQ socket in the private runtime folder. It ends when the channel does, even in the middle of a
-step; SIGINT and SIGTERM are the supervisor's to handle. Torch is imported after the first status.
+step; SIGINT and SIGTERM are the supervisor's to handle. Torch is imported while it waits for its
+configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +144,8 @@ class EngineProcess:
 
     def main(self) -> int:
         """Start, serve, return the exit code."""
+        gc.disable()  # what is imported and loaded stays; looking through it takes a tenth of that
+        threading.Thread(target=_import_torch, name="tgi-import", daemon=True).start()
         first = self._control.receive()
         if first is None:
             return 0
@@ -164,7 +168,6 @@ class EngineProcess:
         return 0
 
     def _serve(self, start: EngineStart) -> None:
-        gc.disable()  # what is imported and loaded stays; looking through it takes a tenth of that
         from tgi_cli.engine.core import EngineCore
 
         start.config.parallel.check()
@@ -220,6 +223,11 @@ class EngineProcess:
     def _vanish() -> None:
         # Nobody is left to answer to. A step may be running, so no orderly exit can be waited for.
         os._exit(0)
+
+
+def _import_torch() -> None:
+    with suppress(Exception):  # whoever needs it meets the reason again, and says it
+        import torch  # noqa: F401
 
 
 def main(arguments: Sequence[str]) -> int:

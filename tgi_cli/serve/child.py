@@ -13,19 +13,37 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from tgi_cli.engine.control import frame, receive_frames
 
 
+class Process(Protocol):
+    """What a child needs of its process; `asyncio`'s has it."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, None until that has been seen."""
+        ...
+
+    async def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        ...
+
+
 class Child:
-    """Made by `spawn`; `wait` must be awaited before it is dropped."""
+    """Made by `spawn` or `adopt`; `wait` must be awaited before it is dropped."""
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
@@ -52,10 +70,15 @@ class Child:
                     pass_fds=(theirs.fileno(), *inherit),
                     start_new_session=True,
                 )
-            reader, writer = await asyncio.open_connection(sock=ours)
+            return await cls.adopt(process, ours, first)
         except BaseException:
             ours.close()  # a child already started ends by that
             raise
+
+    @classmethod
+    async def adopt(cls, process: Process, channel: socket.socket, first: Any) -> Child:
+        """Take over a process that runs already and send `first` down our end of its channel."""
+        reader, writer = await asyncio.open_connection(sock=channel)
         child = cls(process, reader, writer)
         child.send(first)
         return child

@@ -39,6 +39,7 @@ from tgi_cli.engine.messages import (
 from tgi_cli.errors import EngineError, HubError, TgiError, UsageError
 from tgi_cli.serve.api_keys import read_key_file
 from tgi_cli.serve.child import Child
+from tgi_cli.serve.early_engine import EarlyEngine, weights_memory
 from tgi_cli.serve.ledger import Ledger
 from tgi_cli.serve.listener import listen, listen_unix
 from tgi_cli.serve.telemetry_exporter import check_extra
@@ -84,6 +85,7 @@ class RestartBudget:
 class Supervisor:
     """Runs a server until it is told to stop or cannot go on.
 
+    `early_engine` is the first engine's process, if it has been started already.
     `on_listening(socket)` is called once the port is open (the model still loads then),
     `on_ready(facts)` when the first request can be served.
     """
@@ -93,11 +95,13 @@ class Supervisor:
         engine: EngineConfig,
         server: ServerConfig,
         *,
+        early_engine: EarlyEngine | None = None,
         on_listening: Callable[[socket.socket], None] | None = None,
         on_ready: Callable[[ModelFacts], None] | None = None,
     ) -> None:
         self._engine_config = engine
         self._server_config = server
+        self._early_engine = early_engine
         self._on_listening = on_listening
         self._on_ready = on_ready
         self._ledger_fd = -1
@@ -171,9 +175,9 @@ class Supervisor:
     # The engine
 
     async def _keep_engine(self, runtime_dir: str) -> None:
-        # Held here, so that the next engine finds the packed weights; without a name, so that
-        # nothing is left of it when this process ends, however it does.
-        weights_fd = os.memfd_create("tgi-weights")
+        # Held here, so that the next engine finds the packed weights.
+        early = self._early_engine
+        weights_fd = weights_memory() if early is None else early.weights_fd
         try:
             await self._keep_engines(runtime_dir, weights_fd)
         finally:
@@ -183,12 +187,16 @@ class Supervisor:
         epoch = 0
         while True:
             start = EngineStart(config=self._engine_config, runtime_dir=runtime_dir, epoch=epoch)
-            self._engine = await Child.spawn(
-                "tgi_cli.engine.process",
-                start,
-                arguments=("--weights-fd", str(weights_fd)),
-                inherit=(weights_fd,),
-            )
+            early, self._early_engine = self._early_engine, None
+            if early is not None:
+                self._engine = await Child.adopt(early, early.channel, start)
+            else:
+                self._engine = await Child.spawn(
+                    "tgi_cli.engine.process",
+                    start,
+                    arguments=("--weights-fd", str(weights_fd)),
+                    inherit=(weights_fd,),
+                )
             failure = await self._attend(self._engine)
             if self._stopping:
                 self._tell(Restarting(reason=failure.message))  # nothing more will come
