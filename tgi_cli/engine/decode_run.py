@@ -81,21 +81,20 @@ class DecodeRun:
         return self._built
 
     def begin(self, scheduled: Sequence[ScheduledRow]) -> BuiltStep | None:
-        """Begin a run with this step, as there is none; None if steps of this kind have no runs."""
+        """Begin a run with this step, as there is none; None if none could follow it unasked."""
         kernel = self._sampler.sole_kernel
         if not isinstance(kernel, NativeSampling) or not _only_decodes(scheduled):
             return None
-        built = self._builder.build(scheduled)
         self._rows = [row.row for row in scheduled]
         self._starts = [row.start + 1 for row in scheduled]
-        self._num_asked, self._num_finished = 1, 0
         # What is known fills blocks, of which the last have room; no sequence exceeds the context.
         size, longest = self._block_size, self._history.max_len
         self._room = min(min(-(-known // size) * size, longest) - known for known in self._starts)
-        self._native.start_ahead(
-            built.batch, self._kv_cache.layers, kernel, built.logit_rows, 1 + (self._room > 0)
-        )
-        self._built = built
+        if self._room <= 0:
+            return None
+        self._built = built = self._builder.build(scheduled)
+        self._num_asked, self._num_finished = 1, 0
+        self._native.start_ahead(built.batch, self._kv_cache.layers, kernel, built.logit_rows, 2)
         return built
 
     def finish(self) -> Sampled:
