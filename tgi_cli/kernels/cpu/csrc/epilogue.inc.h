@@ -107,6 +107,14 @@ class TileStreams {
   int64_t count() const { return count_; }
   int64_t first(int64_t share) const { return tiles_ * share / count_; }
 
+  // Whether every tile has been taken.
+  bool done() const {
+    return std::all_of(shares_, shares_ + count_, [](const Share& share) {
+      const uint64_t left = share.left.load(std::memory_order_relaxed);
+      return (left & 0xffffffffu) == left >> 32;
+    });
+  }
+
   // Calls visit(tile) for what is left of share `own`, then of the others.
   template <class Visit>
   void run(int64_t own, const Visit& visit) {

@@ -248,6 +248,7 @@ inline void lone_grouped(Pool& pool, const Gemm& g, G) {
   auto* all = static_cast<Activations*>(pool.scratch(static_cast<size_t>(pool.size() * runs) * sizeof(Activations)));
   TileStreams streams((g.w.n + kPanel - 1) / kPanel, pool.size());
   pool.parallel(streams.count(), [&](int64_t share, int worker) {
+    if (streams.done()) return;  // another thread has been quicker
     Activations* x = all + worker * runs;
     const uint8_t* first = G::codes(g.w, streams.first(share), 0);
     for (int64_t i = 0; i < runs; ++i) {
