@@ -101,6 +101,16 @@ def test_buffers_lie_on_huge_pages_before_and_after(fd: int) -> None:
     assert huge(found.data_ptr() + HUGE_PAGE) >= 3 * HUGE_PAGE
 
 
+def test_pages_asked_for_in_vain_are_given_back(fd: int) -> None:
+    """At the end of a chunk that the next buffer does not fit into, and at the end of all."""
+    store = WeightStore(fd, "a")
+    for name, size in (("first", 50 << 20), ("second", 40 << 20)):
+        store.buffer(name, size).fill_(1)
+    store.finish()
+    assert 90 << 20 <= store.nbytes <= (90 << 20) + 3 * HUGE_PAGE
+    assert torch.all(WeightStore(fd, "a").buffer("second", 40 << 20) == 1)
+
+
 def test_names_are_unique(fd: int) -> None:
     store = WeightStore(fd, "a")
     store.buffer("first", 8)

@@ -77,6 +77,16 @@ class KVCache:
         self._spare = min(_SPARE_BYTES, plan.free_bytes // _SPARE_PART) // page  # in pages
         self.layers = tuple(layers[index] for index in range(len(spec.layers)))
 
+    def commit_first_pages(self) -> None:
+        """Begin to commit what the first step will write, beside whatever comes before it."""
+        if not self._can_commit:
+            return
+        with self._lock:
+            for tensors in self._groups:
+                self._parts += [tensor[: _blocks_of_page(tensor)] for tensor in tensors]
+            self._allowed = float(len(self._parts))
+        self._start()
+
     def use(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Take note of blocks of each group that are about to be written."""
         earned = 0.0

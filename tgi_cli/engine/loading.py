@@ -86,6 +86,8 @@ class OpenedModel:
         packer = self.backend.packer(
             self.checkpoint.spec, self.plan.dtype, self.plan.block_size, self._store
         )
+        kv_cache = KVCache(self.backend, self.checkpoint.spec, self.plan)
+        kv_cache.commit_first_pages()
         decoder = Decoder.build(
             self.checkpoint, self.backend, self.plan.dtype, progress=progress, packer=packer
         )
@@ -96,7 +98,7 @@ class OpenedModel:
         return ModelRunner(
             decoder,
             self.backend,
-            KVCache(self.backend, decoder.spec, self.plan),
+            kv_cache,
             max_rows=self.config.scheduler.max_num_seqs,
             max_len=self.plan.max_model_len,
             block_size=self.plan.block_size,

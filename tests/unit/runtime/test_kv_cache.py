@@ -104,6 +104,22 @@ def test_while_steps_run_a_page_is_committed_ahead_as_blocks_fill(
     assert not any(tensor.any() for tensor in pages.tensors)
 
 
+def test_the_first_pages_are_there_before_the_first_step(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    path = tiny_checkpoint("llama")
+    cache = KVCache(
+        select("cpu"), open_checkpoint(str(path)).spec, planned(path, kv_cache_tokens=80_000)
+    )
+    tensors = [tensor for pair in cache.layers for tensor in pair]
+    assert all(resident(tensor) < _PAGE for tensor in tensors)
+    cache.commit_first_pages()
+    assert until(lambda: all(resident(tensor) >= _PAGE for tensor in tensors))
+    time.sleep(3 * _REST)
+    # Huge pages begin where they like, so one more may have come with them.
+    assert all(resident(tensor) < 3 * _PAGE for tensor in tensors)
+
+
 def test_an_engine_that_rests_commits_what_busy_minutes_need(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

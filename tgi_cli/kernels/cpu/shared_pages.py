@@ -10,6 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 from tgi_cli.kernels.cpu.huge_pages import HUGE_PAGE
 
 _CHUNK = 64 << 20
-_MADV_COLLAPSE = 25  # asm-generic/mman-common.h
+_MADV_REMOVE, _MADV_COLLAPSE = 9, 25  # asm-generic/mman-common.h
 _MAP_SHARED_FIXED = 0x11
 _PROT_READ, _PROT_READ_WRITE = 1, 3
 _SIZE = ctypes.c_size_t
@@ -26,14 +29,24 @@ _SIZE = ctypes.c_size_t
 class SharedPages:
     """Parts of a file as tensors.
 
+    A huge page takes the system milliseconds, so a thread asks for some that will be cut next.
+
     Args:
         fd: the file.
         start: where new parts begin, in bytes.
         size: of the file if it is complete; else it grows by what is cut.
+        ahead: bytes to ask for beyond what is cut.
     """
 
-    def __init__(self, fd: int, *, start: int, size: int | None = None) -> None:
+    def __init__(
+        self, fd: int, *, start: int, size: int | None = None, ahead: int = 4 * HUGE_PAGE
+    ) -> None:
         self._fd = fd
+        self._ahead = ahead
+        self._asker = ThreadPoolExecutor(1, "tgi-pages")
+        # Before the memory it is to ask for goes.
+        weakref.finalize(self, self._asker.shutdown, cancel_futures=True)
+        self._pending: deque[tuple[int, Future[None]]] = deque()  # first byte of each page
         self.end = start  # of what is used
         self._chunks: list[tuple[int, Tensor]] = []  # first byte in the file, its memory
         self._asked = 0  # up to where huge pages were asked for
@@ -45,6 +58,7 @@ class SharedPages:
         """New memory, zeroed: its place in the file and uint8 [nbytes], on pages of its own."""
         limit = self._chunks[-1][0] + len(self._chunks[-1][1]) if self._chunks else 0
         if self.end + nbytes > limit:
+            self._give_back()
             first = -(-self.end // HUGE_PAGE) * HUGE_PAGE if self._chunks else 0
             self.end = max(self.end, first)
             size = max(_CHUNK, -(-(self.end + nbytes - first) // HUGE_PAGE) * HUGE_PAGE)
@@ -64,7 +78,12 @@ class SharedPages:
         raise ValueError(f"nothing is mapped at {offset}")
 
     def make_read_only(self) -> None:
-        """Whoever writes to it from now on in this process is ended by the system."""
+        """Whoever writes to it from now on in this process is ended by the system.
+
+        Nothing more is cut.
+        """
+        self._give_back()
+        self._asker.shutdown()
         for _, memory in self._chunks:
             _call("mprotect", ctypes.c_void_p(memory.data_ptr()), _SIZE(len(memory)), _PROT_READ)
 
@@ -79,26 +98,48 @@ class SharedPages:
         _call("mmap", address, length, *place)
         self._chunks.append((first, memory))
 
+    def _give_back(self) -> None:
+        """Let go of what was asked for in vain."""
+        while self._pending:
+            self._pending.popleft()[1].result()
+        unused = -(-self.end // HUGE_PAGE) * HUGE_PAGE
+        if self._asked > unused:
+            first, memory = self._chunks[-1]
+            advise(memory.data_ptr() + unused - first, self._asked - unused, _MADV_REMOVE)
+            self._asked = unused
+
     def _ask(self, end: int) -> None:
+        """Have what lies before `end` on huge pages, and begin with what lies behind."""
         first, memory = self._chunks[-1]
-        while self._asked < end:
-            page = memory[self._asked - first :]
-            page[:1] = 0  # what is all hole is refused
-            collapse(page.data_ptr())
+        while self._asked < min(end + self._ahead, first + len(memory)):
+            address = memory.data_ptr() + self._asked - first
+            self._pending.append((self._asked, self._asker.submit(_make_huge, address)))
             self._asked += HUGE_PAGE
+        while self._pending and self._pending[0][0] < end:
+            self._pending.popleft()[1].result()
+
+
+def _make_huge(address: int) -> None:
+    ctypes.memset(address, 0, 1)  # what is all hole is refused
+    collapse(address)
 
 
 def collapse(address: int) -> bool:
     """Put a huge page's worth of memory on one, if the system will; says whether it did."""
+    return advise(address, HUGE_PAGE, _MADV_COLLAPSE)
+
+
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """Call `madvise`; says whether the system took it."""
     libc = ctypes.CDLL(None)
-    return bool(libc.madvise(ctypes.c_void_p(address), _SIZE(HUGE_PAGE), _MADV_COLLAPSE) == 0)
+    return bool(libc.madvise(ctypes.c_void_p(address), _SIZE(nbytes), advice) == 0)
 
 
 def files_get_huge_pages() -> bool:
     """Whether this system gives them to files in memory."""
     fd = os.memfd_create("tgi-probe")
     try:
-        _, memory = SharedPages(fd, start=0).cut(1)
+        _, memory = SharedPages(fd, start=0, ahead=0).cut(1)
         return collapse(memory.data_ptr())
     finally:
         os.close(fd)
