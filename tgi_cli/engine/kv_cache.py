@@ -52,8 +52,11 @@ class KVCache:
         # Until the system refuses; a GPU's memory is there once it is allocated.
         self._can_commit = backend.device.type == "cpu"
         self._groups: list[list[Tensor]] = []
-        self._committed: list[int] = []  # blocks of each group that are there, or will be
-        self._newest: list[int] = []  # the highest block of each group in use so far
+        # Of each group; numbers, as asking a tensor costs more than all the rest of a step's end.
+        self._num_blocks: list[int] = []
+        self._page_blocks: list[int] = []  # blocks in a page
+        self._committed: list[int] = []  # blocks that are there, or will be
+        self._newest: list[int] = []  # the highest block in use so far
         self._parts: deque[Tensor] = deque()  # to be committed
         self._allowed = 0.0  # how many of them by now, while steps run
         self._lock = threading.Lock()  # of all that the thread sees
@@ -71,7 +74,9 @@ class KVCache:
                 )
             tensors = [tensor for layer in group.layers for tensor in layers[layer]]
             self._groups.append(tensors)
-            self._committed.append(min(len(tensors[0]), _blocks_of_page(tensors[0])))
+            self._num_blocks.append(len(tensors[0]))
+            self._page_blocks.append(_blocks_of_page(tensors[0]))
+            self._committed.append(min(self._num_blocks[-1], self._page_blocks[-1]))
             self._newest.append(0)
         page = sum(len(tensors) for tensors in self._groups) * _PAGE
         self._spare = min(_SPARE_BYTES, plan.free_bytes // _SPARE_PART) // page  # in pages
@@ -82,8 +87,8 @@ class KVCache:
         if not self._can_commit:
             return
         with self._lock:
-            for tensors in self._groups:
-                self._parts += [tensor[: _blocks_of_page(tensor)] for tensor in tensors]
+            for tensors, page in zip(self._groups, self._page_blocks, strict=True):
+                self._parts += [tensor[:page] for tensor in tensors]
             self._allowed = float(len(self._parts))
         self._start()
 
@@ -96,8 +101,8 @@ class KVCache:
                 if not ids or not self._can_commit or max(ids) <= newest:
                     continue
                 self._newest[group] = max(ids)
-                tensors = self._groups[group]
-                earned += 2 * len(tensors) * (max(ids) - newest) / _blocks_of_page(tensors[0])
+                count, page = len(self._groups[group]), self._page_blocks[group]
+                earned += 2 * count * (max(ids) - newest) / page
                 self._want(group, self._end(group, _AHEAD))
             if not self._parts:
                 return
@@ -124,14 +129,12 @@ class KVCache:
 
     def _end(self, group: int, ahead: int) -> int:
         """Blocks up to `ahead` pages behind the one that holds the newest, or all there are."""
-        tensor = self._groups[group][0]
-        page = _blocks_of_page(tensor)
-        return min(len(tensor), (self._newest[group] // page + 1 + ahead) * page)
+        page = self._page_blocks[group]
+        return min(self._num_blocks[group], (self._newest[group] // page + 1 + ahead) * page)
 
     def _want(self, group: int, end: int) -> None:
         """Have blocks of a group committed, from the newest's page on, up to `end`."""
-        tensors = self._groups[group]
-        page = _blocks_of_page(tensors[0])
+        tensors, page = self._groups[group], self._page_blocks[group]
         first = max(self._committed[group], self._newest[group] // page * page)
         if first < end:
             self._committed[group] = end
@@ -159,8 +162,8 @@ class KVCache:
             rests = time.monotonic() - self._rests_since >= _REST
             if rests and not self._parts:
                 for group in range(len(self._groups)):
-                    page = _blocks_of_page(self._groups[group][0])
-                    end = min(self._end(group, self._spare), self._committed[group] + page)
+                    page = self._committed[group] + self._page_blocks[group]
+                    end = min(self._end(group, self._spare), page)
                     self._want(group, end)
             if not self._parts:
                 self._allowed = 0.0
