@@ -94,7 +94,8 @@ inline void gemm_block(const Gemm& g, int64_t row, int64_t rows, int64_t panel, 
 }
 
 inline void gemm_bf16(Pool& pool, const Gemm& g) {
-  split_work(pool, g, kMaxRows * 16, kGroup, [&](const Part& part) {
+  // A lone row takes one panel after the other: memory gives a thread one stream sooner than two.
+  split_work(pool, g, kMaxRows * 16, g.m == 1 ? 1 : kGroup, [&](const Part& part) {
     const int64_t end = part.panel + part.panels;
     for (int64_t panel = part.panel; panel < end; panel += kGroup)
       if (panel + kGroup <= end)
