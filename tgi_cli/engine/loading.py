@@ -86,12 +86,12 @@ class OpenedModel:
         packer = self.backend.packer(
             self.checkpoint.spec, self.plan.dtype, self.plan.block_size, self._store
         )
-        kv_cache = KVCache(self.backend, self.checkpoint.spec, self.plan)
+        part = self.checkpoint.partition(self.rank, self.config.parallel.num_shard)
+        kv_cache = KVCache(self.backend, part.local, self.plan)
         kv_cache.commit_first_pages()
         decoder = Decoder.build(
             self.checkpoint, self.backend, self.plan.dtype, progress=progress, packer=packer
         )
-        part = self.checkpoint.partition(self.rank, self.config.parallel.num_shard)
         bank = self.adapters.load(part, self.plan.dtype, self.backend.device)
         if bank is not None:
             decoder.attach(bank)
