@@ -20,6 +20,7 @@ from tgi_cli.engine.core import EngineCore
 from tgi_cli.engine.decode_run import DecodeRun
 from tgi_cli.engine.messages import Abort, Request
 from tgi_cli.engine.runner import ModelRunner
+from tgi_cli.engine.step import NewRow, ScheduledRow, Step
 
 Checkpoints = Callable[..., Path]
 VOCAB = 512
@@ -230,3 +231,31 @@ def test_a_step_that_was_not_collected_is_kept(tiny_checkpoint: Checkpoints) -> 
     while core.has_work():
         produced += [token for delta in core.step() for token in delta.token_ids]
     assert produced == expected
+
+
+def test_a_row_that_is_used_again_is_not_taken_for_the_last_one(
+    tiny_checkpoint: Checkpoints,
+) -> None:
+    """Another sequence at the very position that was guessed, and a position that was not."""
+    path = tiny_checkpoint("llama", dtype=torch.bfloat16)
+    first, second = list(range(3, 11)), [*range(3, 10), 400]
+
+    def enters(prompt: list[int]) -> NewRow:
+        request = request_of(str(prompt), prompt, max_tokens=30, ignore_eos=True)
+        return NewRow(row=0, request=request, block_ids=([1, 2],))
+
+    def drawn(runner: ModelRunner, start: int, count: int = 1, **step: Any) -> list[int]:
+        row = ScheduledRow(row=0, start=start, num_tokens=count, sample=True)
+        runner.submit(Step(id=0, rows=[row], **step))
+        return runner.collect().rows[0].token_ids
+
+    fresh = runner_of(make_core(path, dtype="bfloat16", block_size=16))
+    expected = drawn(fresh, 0, 8, new_rows=[enters(second)])
+    core = make_core(path, dtype="bfloat16", block_size=16)
+    runner = runner_of(core)
+    assert drawn(runner, 0, 7, new_rows=[enters(first[:7])])
+    assert drawn(runner, 6) != expected  # and guesses the step at 7
+    assert drawn(runner, 7, new_rows=[enters(second)], removed_rows=[0]) == expected
+    elsewhere = ScheduledRow(row=0, start=10, num_tokens=1, sample=True)
+    assert guessing(core)._room > 0
+    assert not guessing(core).goes_on_with([elsewhere])
