@@ -62,12 +62,9 @@ class Node:
         return f"node {self.node_rank} ({self.host})"
 
     def ended(self, rank: int | None, ending: Ending) -> None:
-        """Note what became of a rank, None for all of the node's."""
+        """Note what became of a rank, None for all of the node's; the first word on it counts."""
         with self._changed:
-            if rank is None:
-                self._endings[-1] = ending
-            else:
-                self._endings.setdefault(rank, ending)
+            self._endings.setdefault(-1 if rank is None else rank, ending)
             self._changed.notify_all()
 
     def ending(self, rank: int) -> Ending:

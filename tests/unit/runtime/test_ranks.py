@@ -38,3 +38,14 @@ def test_the_end_of_a_rank_on_another_node(ending: Ending, said: str, explained:
         ranks.close()
         other.close()
         node.channel.close()
+
+
+def test_the_first_word_on_a_lost_node_counts() -> None:
+    """A node that says why it leaves also hangs up; that must not hide what it said."""
+    node = Node(1, "10.0.0.2", ControlChannel(socket.socket()))
+    try:
+        node.ended(None, Ending("was stopped with its node"))
+        node.ended(None, Ending("is out of reach: its node is gone"))
+        assert node.ending(1).how == "was stopped with its node"
+    finally:
+        node.channel.close()
