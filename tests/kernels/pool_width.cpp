@@ -1,7 +1,10 @@
 // `pool_width`: how many threads of a pool take part, where one of two has its core and where it has not.
 //
 // Items sleep, so that it does not matter what else the machine does: an item whose core is lost is one
-// that takes twenty times as long as the caller's.
+// that takes twenty times as long as the caller's. Only at the end do they compute, on one core for both.
+#include <sched.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -50,5 +53,22 @@ int main() {
   int64_t jobs = 0;
   const auto sometimes = [&](int worker) { return milliseconds(worker == 1 && ++jobs % 60 == 0 ? 12 : 2); };
   check(run(pool, 4, milliseconds(600), sometimes).least == 2, "a core is lost for a moment");
+  // Threads that wait for a core: only the scheduler knows.
+  if (access("/proc/thread-self/schedstat", R_OK) != 0) return 0;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(sched_getcpu(), &one);
+  check(sched_setaffinity(0, sizeof one, &one) == 0, "one core for all");
+  tgi::Pool crowded(2);
+  const auto end = Clock::now() + milliseconds(800);
+  int least = 2;
+  while (Clock::now() < end) {
+    crowded.parallel(8, [](int64_t, int) {
+      for (const auto over = Clock::now() + std::chrono::microseconds(50); Clock::now() < over;) {
+      }
+    });
+    if (crowded.width() < least) least = crowded.width();
+  }
+  check(least == 1, "two threads on one core");
   return 0;
 }

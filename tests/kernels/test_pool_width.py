@@ -32,3 +32,13 @@ def test_threads_take_part_that_have_their_core(tmp_path: Path) -> None:
     assert source.count(counted) == 1
     done = outcome(tmp_path, source.replace(counted, "slept_ += waited;"))
     assert "long items are no lost core" in done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no scheduler figures")
+def test_threads_that_wait_for_a_core_are_given_up(tmp_path: Path) -> None:
+    source = (CSRC / "pool.cpp").read_text()
+    rule = " || delay > counted * kDelayShare"
+    assert source.count(rule) == 1
+    done = outcome(tmp_path, source.replace(rule, ""))
+    assert "two threads on one core" in done.stderr

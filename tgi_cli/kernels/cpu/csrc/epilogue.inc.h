@@ -165,7 +165,7 @@ inline void split_work(Pool& pool, const Gemm& g, int64_t row_block, int64_t gro
   const int64_t row_blocks = (g.m + row_block - 1) / row_block;
   row_block = (g.m + row_blocks - 1) / row_blocks;  // of one size, so that threads end together
   if (g.m == 1) {
-    TileStreams streams((panels + group - 1) / group, pool.size());
+    TileStreams streams((panels + group - 1) / group, pool.width());
     pool.parallel(streams.count(), [&](int64_t item, int worker) {
       streams.run(item, [&](int64_t tile) {
         block(Part{0, 1, tile * group, std::min(group, panels - tile * group), -1, worker});

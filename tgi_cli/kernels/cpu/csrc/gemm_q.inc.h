@@ -246,7 +246,7 @@ template <class G>
 inline void lone_grouped(Pool& pool, const Gemm& g, G) {
   const int64_t runs = g.w.k / kRun, bytes = G::panel_bytes(g.w) / runs;
   auto* all = static_cast<Activations*>(pool.scratch(static_cast<size_t>(pool.size() * runs) * sizeof(Activations)));
-  TileStreams streams((g.w.n + kPanel - 1) / kPanel, pool.size());
+  TileStreams streams((g.w.n + kPanel - 1) / kPanel, pool.width());
   pool.parallel(streams.count(), [&](int64_t share, int worker) {
     if (streams.done()) return;  // another thread has been quicker
     Activations* x = all + worker * runs;

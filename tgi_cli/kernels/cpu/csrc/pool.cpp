@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 
@@ -19,13 +20,15 @@ namespace {
 constexpr auto kSpin = std::chrono::microseconds(60);
 // Items last some 10 to 100 us; who holds one for longer has probably lost the core.
 constexpr auto kCallerSpin = std::chrono::microseconds(40);
-// Sleeping for a quarter of a window means a lost core more often than not: then fewer threads take
-// part, and from time to time one more is tried again. Long enough that a core lost for some
-// milliseconds now and then is borne: fewer threads would cost more.
+// Sleeping for a quarter of a window means a lost core more often than not, and so does a delay of all
+// threads together of nearly half of it: then fewer threads take part, and from time to time one more
+// is tried again, ever later. Long enough that a core lost for some milliseconds now and then is borne:
+// fewer threads would cost more.
 constexpr auto kWindow = std::chrono::milliseconds(100);
 constexpr auto kTrial = std::chrono::milliseconds(25);
 constexpr auto kNarrow = std::chrono::milliseconds(200);
-constexpr int kLostShare = 4;
+constexpr auto kNarrowMost = std::chrono::milliseconds(1600);
+constexpr double kSleptShare = 0.25, kDelayShare = 0.45;
 // Of what `look_ahead` names a thread fetches so much, a few lines between two looks for work: far less
 // than the second-level cache, and more than it gets done in the gaps between two kernels.
 constexpr int64_t kFetchMost = 128 * 1024;
@@ -59,7 +62,7 @@ inline void set_float_mode() {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_) {
+Pool::Pool(int num_threads) : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_), narrow_(kNarrow), delay_(num_threads) {
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
@@ -108,6 +111,7 @@ void Pool::run(int64_t items, Body body, void* context) {
   if (items <= 0) return;
   const auto started = Clock::now();
   const int caller = caller_.load(std::memory_order_relaxed);
+  if (caller == 0) delay_.join(0);
   if (items > 1 && !threads_.empty()) adapt(started);
   if (items == 1 || threads_.empty() || width_.load(std::memory_order_relaxed) <= 1) {
     for (int64_t i = 0; i < items; ++i) body(context, i, caller);
@@ -163,18 +167,23 @@ void Pool::fetch_some(int worker, Fetched* fetched) const {
 // Called before each job of more than one item.
 void Pool::adapt(Clock::time_point now) {
   const int width = width_.load(std::memory_order_relaxed);
-  const Clock::duration window = trial_ ? kTrial : kWindow;
+  const Clock::duration window = trial_ ? kTrial : kWindow, counted = now - window_start_;
   const bool wait_over = width < size() && now >= narrow_until_;
-  if (now - window_start_ < window && !wait_over) return;
-  if (now - window_start_ < 2 * window && slept_ * kLostShare > now - window_start_) {
+  if (counted < window && !wait_over) return;
+  const auto delay = delay_.since_last();
+  const bool lost = slept_ > counted * kSleptShare || delay > counted * kDelayShare;
+  // A window that is long over says what was, not what is.
+  if (counted < 2 * window && lost) {
     if (width > 1) width_.store(width - 1, std::memory_order_relaxed);
-    narrow_until_ = now + kNarrow;
+    narrow_until_ = now + narrow_;
+    narrow_ = std::min<Clock::duration>(2 * narrow_, kNarrowMost);
     trial_ = false;
   } else if (wait_over) {
     width_.store(width + 1, std::memory_order_relaxed);
     narrow_until_ = now + kTrial;
     trial_ = true;
   } else {
+    if (!trial_ && width == size()) narrow_ = kNarrow;
     trial_ = false;
   }
   window_start_ = now;
@@ -189,7 +198,10 @@ void Pool::wake() {
 
 bool Pool::delegate(Task task, void* context) {
   if (threads_.empty()) return false;
-  if (delegated_.load(std::memory_order_seq_cst) == kNone) task_ = task, task_context_ = context;
+  if (delegated_.load(std::memory_order_seq_cst) == kNone) {
+    delay_.join(0);
+    task_ = task, task_context_ = context;
+  }
   if (delegated_.exchange(kAsked, std::memory_order_seq_cst) == kNone) wake();
   return true;
 }
@@ -241,6 +253,7 @@ void Pool::assist(bool (*over)(void* context), void* context) {
 
 void Pool::work(int worker) {
   set_float_mode();
+  delay_.join(worker);
   while (!stop_.load(std::memory_order_seq_cst)) {
     take_part(worker, [this, worker] {
       return stop_.load(std::memory_order_seq_cst) ||

@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "run_delay.h"
+
 namespace tgi {
 
 class Pool {
@@ -110,11 +112,12 @@ class Pool {
   alignas(64) std::atomic<const char*> ahead_{nullptr};
   std::atomic<int64_t> ahead_share_{0};
   Job jobs_[kJobs];
-  // The caller's alone: since when it counts, how long it slept since then, and until when the width
-  // stays reduced.
+  // The caller's alone: since when it counts, how long it slept since then, until when the width stays
+  // reduced, and for how long it will be the next time.
   Clock::time_point window_start_, narrow_until_;
-  Clock::duration slept_{};
+  Clock::duration slept_{}, narrow_;
   bool trial_ = false;  // one more thread takes part than did before
+  RunDelay delay_;
   void* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
   std::vector<std::thread> threads_;

@@ -45,7 +45,7 @@ struct Runner {
   void next(const Matrix& w) const {
     if (step.tokens != 1) return;
     const int64_t panels = (w.n + kPanel - 1) / kPanel;  // shared out as `TileStreams` does
-    pool.look_ahead(w.data, panels / pool.size() * kernels.panel_bytes(w));
+    pool.look_ahead(w.data, panels / pool.width() * kernels.panel_bytes(w));
   }
 
   void norm(const float* x, const float* weight, float eps, void* out, bool out_float) const {
