@@ -133,6 +133,27 @@ def test_a_lone_long_context_is_split_without_changing_a_bit(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_sequences_whose_tiles_are_shared_out_get_the_bits_they_get_alone(
+    queries: int, window: int, variant: str
+) -> None:
+    lens = [64, 2, 333, 65, 700, 128, 90, 190, 17]
+    tables = [
+        torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(i)).tolist()
+        for i in range(len(lens))
+    ]
+    q = queries_of(len(lens) * queries)
+    alone = [
+        attend(variant, 1, q[i * queries : (i + 1) * queries], [table], [length], queries, window)
+        for i, (table, length) in enumerate(zip(tables, lens, strict=True))
+    ]
+    for threads in (1, 2, 3, 7, 40):
+        got = attend(variant, threads, q, tables, lens, queries, window)
+        assert torch.equal(got, torch.cat(alone))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_sequences_that_share_blocks_get_the_bits_they_get_alone(
     threads: int, variant: str

@@ -2,21 +2,21 @@
 //
 // Keys come in tiles of 64 at absolute positions. Each tile gives (max, sum, accumulator) on its own,
 // and tiles merge in order, so a result does not depend on chunking, on who computed which tile, or on
-// which sequences read a tile together.
+// which sequences read a tile together. Few rows: attention_streams.inc.h.
 // Included once per instruction set.
 
 #include "attention_tile.inc.h"
 
 constexpr int64_t kItemRows = 48;   // query rows that share a visit of a tile
 constexpr int64_t kSharedSeqs = 8;  // sequences of one item that may share tiles
+constexpr int64_t kLong = 8;        // tiles from which on those of a lone item are shared out one by one
+constexpr int64_t kPartRows = 32768;  // results kept of tiles at the most, some 10 MB
 
 // A run of query tokens of one sequence, or the single tokens of several, against one KV head.
 struct AttentionItem {
   int32_t seq, seqs;     // first sequence, how many
   int32_t first, count;  // query tokens of the sequence, where it is one
   int32_t kv_head, kv_heads;
-  int32_t tile, tiles;  // which tiles, if only some: their partial results are kept
-  int64_t part;         // index of the first of them
 };
 
 // The tile at `index` of a sequence for one KV head; keys first_visible .. last_key are readable.
@@ -89,25 +89,34 @@ inline float prepare_query(const Form&, const bf16* q, int64_t dim, char* out, c
   return 1.0f;
 }
 
-// Rows of `count` query tokens: their sums in `acc`, their queries perhaps in `queries`.
+// Rows of `count` query tokens, as far as queries go, which are perhaps in `queries`. `q`: those of the
+// first token for this KV head.
 template <class Form>
-inline void start_rows(const Attention& a, const Form& form, int64_t seq, int64_t kv_head, int64_t first,
-                       int64_t count, float* acc, char* queries, TileRow* rows) {
+inline void start_queries(const Attention& a, const Form& form, int64_t seq, int64_t kv_head, int64_t first,
+                          int64_t count, const bf16* q, char* queries, TileRow* rows) {
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
-  const int64_t start = a.query_start[seq];
-  const int64_t base = a.seq_lens[seq] - (a.query_start[seq + 1] - start);
-  std::memset(acc, 0, static_cast<size_t>(count * group * dim) * sizeof(float));
+  const int64_t base = a.seq_lens[seq] - (a.query_start[seq + 1] - a.query_start[seq]);
   for (int64_t r = 0; r < count * group; ++r) {
-    const int64_t t = r / group, head = kv_head * group + r % group;
+    const int64_t t = r / group, head = r % group;
     TileRow& row = rows[r];
     row.position = base + first + t;
-    row.max = -INFINITY;
-    row.sum = 0.0f;
-    row.acc = acc + r * dim;
-    row.factor = prepare_query(form, a.q + ((start + first + t) * a.heads + head) * dim, dim,
-                               queries + r * dim * 4 / Form::kPair, &row.q);
-    row.slope = a.slopes != nullptr ? a.slopes[head] * kLog2e : 0.0f;
+    row.factor = prepare_query(form, q + (t * a.heads + head) * dim, dim, queries + r * dim * 4 / Form::kPair, &row.q);
+    row.slope = a.slopes != nullptr ? a.slopes[kv_head * group + head] * kLog2e : 0.0f;
   }
+}
+
+// Rows that have not seen a key; their sums are in `acc`.
+inline void clear_rows(TileRow* rows, int64_t count, float* acc, int64_t dim) {
+  std::memset(acc, 0, static_cast<size_t>(count * dim) * sizeof(float));
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r].max = -INFINITY;
+    rows[r].sum = 0.0f;
+    rows[r].acc = acc + r * dim;
+  }
+}
+
+inline const bf16* query(const Attention& a, int64_t token, int64_t kv_head) {
+  return a.q + (token * a.heads + kv_head * (a.heads / a.kv_heads)) * a.head_dim;
 }
 
 inline void finish_rows(const Attention& a, int64_t seq, int64_t kv_head, int64_t first, int64_t count,
@@ -141,39 +150,20 @@ inline void attend_span(const Attention& a, const Form& form, TileRow* rows, int
   }
 }
 
-// A run of query tokens of one sequence over tiles begin .. end - 1.
+// A run of query tokens of one sequence.
 template <class Form>
 inline void attend_run(const Attention& a, const Form& form, int64_t seq, int64_t kv_head, const Span& span,
-                       int64_t begin, int64_t end, TileRow* rows, int count) {
-  Tile tile = find_tile(a, seq, kv_head, begin, span.first_visible, span.last_key);
-  for (int64_t index = begin; index < end; ++index) {
+                       TileRow* rows, int count) {
+  for (int64_t index = span.begin(); index < span.end(); ++index) {
+    const Tile tile = find_tile(a, seq, kv_head, index, span.first_visible, span.last_key);
     Tile next;
     const Tile* later = nullptr;
-    if (count <= kFewRows && (index + 1 < end || kv_head + 1 < a.kv_heads)) {
+    if (count <= kFewRows && (index + 1 < span.end() || kv_head + 1 < a.kv_heads)) {
       later = &next;
-      next = index + 1 < end ? find_tile(a, seq, kv_head, index + 1, span.first_visible, span.last_key)
-                             : find_tile(a, seq, kv_head + 1, span.begin(), span.first_visible, span.last_key);
-    } else if (index + 1 < end) {
-      next = find_tile(a, seq, kv_head, index + 1, span.first_visible, span.last_key);
+      next = index + 1 < span.end() ? find_tile(a, seq, kv_head, index + 1, span.first_visible, span.last_key)
+                                    : find_tile(a, seq, kv_head + 1, span.begin(), span.first_visible, span.last_key);
     }
     attend_span(a, form, rows, count, tile, later);
-    tile = next;
-  }
-}
-
-// The tiles of an item each for itself: `rows_of(t)` has the rows of its tile t, which are as they start.
-template <class Form, class RowsOf>
-inline void attend_apart(const Attention& a, const Form& form, const AttentionItem& item, int count,
-                         const RowsOf& rows_of) {
-  const Span span = visible_span(a, item.seq, item.first, item.count);
-  const auto find = [&](int32_t t) {
-    return find_tile(a, item.seq, item.kv_head, item.tile + t, span.first_visible, span.last_key);
-  };
-  Tile tile = find(0);
-  for (int32_t t = 0; t < item.tiles; ++t) {
-    const Tile next = find(t + 1 < item.tiles ? t + 1 : t);
-    attend_span(a, form, rows_of(t), count, tile, t + 1 < item.tiles && count <= kFewRows ? &next : nullptr);
-    tile = next;
   }
 }
 
@@ -207,12 +197,16 @@ inline void attend_shared(const Attention& a, const Form& form, const AttentionI
     }
 }
 
-// Splits the work: runs of tokens; sequences that begin with the same blocks together; and if that
-// leaves threads without work, the tiles of a long context.
+// What is read of a tile, some hundred lines: asked for while queries and the new token are made ready.
+inline void fetch_tile(const Tile& tile, const char* const* blocks, int64_t bytes) {
+  for (int b = 0; b <= tile.high / kBlock; ++b)
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(blocks[b] + line);
+}
+
+// Splits the work: runs of tokens, and sequences that begin with the same blocks together.
 struct AttentionPlan {
   std::vector<AttentionItem> items;
-  std::vector<AttentionItem> split;  // whole items whose tiles are spread over `items`
-  int64_t parts = 0;                 // partial results, one for each tile of an item in `split`
+  bool streamed;  // few rows each, alone with their keys: items are for all heads, tiles are what is shared out
 
   AttentionPlan(const Attention& a, int threads) {
     const int64_t group = a.heads / a.kv_heads;
@@ -224,13 +218,25 @@ struct AttentionPlan {
       while (shares_start(a, s, s + seqs) && seqs < kSharedSeqs && (seqs + 1) * group <= kItemRows) ++seqs;
       for (int32_t first = 0; first < queries; first += step)
         whole.push_back({static_cast<int32_t>(s), seqs, first, first + step <= queries ? step : queries - first, 0,
-                         static_cast<int32_t>(a.kv_heads), 0, 0, 0});
+                         static_cast<int32_t>(a.kv_heads)});
       s += seqs;
+    }
+    int64_t tiles = 0, most = 0;
+    for (const AttentionItem& item : whole) {
+      const Span span = visible_span(a, item.seq, item.first, item.count);
+      tiles += span.end() - span.begin();
+      most = std::max(most, item.count * group);
+    }
+    streamed = (whole.size() > 1 || tiles >= kLong) && tiles * a.kv_heads * most <= kPartRows &&
+               std::all_of(whole.begin(), whole.end(), [&](const AttentionItem& item) {
+                 return item.seqs == 1 && (item.count == 1 || item.count * group <= kItemRows / 4);
+               });
+    if (streamed) {
+      items = std::move(whole);
+      return;
     }
     // The heads of a block lie side by side: they are read by one thread where there is work for all.
     const bool by_head = static_cast<int64_t>(whole.size()) < 4 * threads;
-    const auto heads = static_cast<int64_t>(whole.size()) * a.kv_heads;
-    const int64_t cuts = threads > 1 && heads < 4 * threads ? (4 * threads + heads - 1) / heads : 0;
     for (auto item = whole.rbegin(); item != whole.rend(); ++item) {  // long tails of prefills first
       if (!by_head) {
         items.push_back(*item);
@@ -240,32 +246,9 @@ struct AttentionPlan {
         AttentionItem one = *item;
         one.kv_head = h;
         one.kv_heads = 1;
-        add(a, one, cuts);
+        items.push_back(one);
       }
     }
-  }
-
-  // Adds an item for one KV head, with its tiles cut into `cuts` runs if that is not 0.
-  void add(const Attention& a, AttentionItem item, int64_t cuts) {
-    const Span span = visible_span(a, item.seq, item.first, item.count);
-    const int64_t tiles = span.end() - span.begin();
-    if (cuts == 0 || item.seqs > 1 || item.count * (a.heads / a.kv_heads) > kItemRows / 4 || tiles < 8) {
-      items.push_back(item);
-      return;
-    }
-    item.part = parts;
-    item.tile = static_cast<int32_t>(span.begin());
-    item.tiles = static_cast<int32_t>(tiles);
-    split.push_back(item);
-    const int64_t chunk = (tiles + cuts - 1) / cuts;
-    for (int64_t t = 0; t < tiles; t += chunk) {
-      AttentionItem run = item;
-      run.tile += static_cast<int32_t>(t);
-      run.tiles = static_cast<int32_t>(t + chunk < tiles ? chunk : tiles - t);
-      run.part = parts + t;
-      items.push_back(run);
-    }
-    parts += tiles;
   }
 
   static bool shares_start(const Attention& a, int64_t s, int64_t other) {
@@ -277,24 +260,19 @@ struct AttentionPlan {
   }
 };
 
-// What is read of a head's first tile, some hundred lines: asked for while its new token is made ready.
-inline void fetch_tile(const Tile& tile, const char* const* blocks, int64_t bytes) {
-  for (int b = 0; b <= tile.high / kBlock; ++b)
-    for (int64_t line = 0; line < bytes; line += 64) prefetch(blocks[b] + line);
-}
+#include "attention_streams.inc.h"
 
 // `rope`, if not null: the tokens are yet to be rotated and stored.
 template <class Form>
 void attention_in(Pool& pool, const Attention& a, const Form& form, const RopeStore* rope) {
   const AttentionPlan plan(a, pool.size());
+  if (plan.streamed) return attend_streams(pool, a, form, plan.items, rope);
   // A lone token whose heads are items of their own is made ready head by head, with what reads it.
-  const bool by_head = rope != nullptr && rope->tokens == 1 && plan.split.empty() &&
-                       plan.items.size() == static_cast<size_t>(a.kv_heads);
+  const bool by_head = rope != nullptr && rope->tokens == 1 && plan.items.size() == static_cast<size_t>(a.kv_heads);
   if (rope != nullptr && !by_head) rope_store(pool, *rope);
   const int64_t group = a.heads / a.kv_heads, dim = a.head_dim;
   const int64_t most = group > kItemRows ? group : kItemRows;  // rows of an item
-  const int64_t part_rows = kItemRows / 4 > group ? kItemRows / 4 : group;
-  const int64_t num_rows = most * pool.size() + plan.parts * part_rows;
+  const int64_t num_rows = most * pool.size();
   const int64_t query_bytes = dim * 4 / Form::kPair;
   const size_t floats = (static_cast<size_t>(num_rows * dim) * sizeof(float) + 63) / 64 * 64;
   const size_t queries_size = (static_cast<size_t>(num_rows * query_bytes) + 63) / 64 * 64;
@@ -303,64 +281,36 @@ void attention_in(Pool& pool, const Attention& a, const Form& form, const RopeSt
   auto* acc = reinterpret_cast<float*>(memory);
   char* queries = memory + floats;
   auto* rows = reinterpret_cast<TileRow*>(memory + floats + queries_size);
-  const int64_t first_part = most * pool.size();
-
-  // Rows `at` and following of the memory, for some query tokens of a sequence.
-  const auto start = [&](const AttentionItem& item, int64_t s, int64_t h, int64_t at) {
-    start_rows(a, form, item.seq + s, h, item.first, item.count, acc + at * dim, queries + at * query_bytes,
-               rows + at);
-  };
 
   pool.parallel(static_cast<int64_t>(plan.items.size()), [&](int64_t i, int worker) {
     const AttentionItem& item = plan.items[static_cast<size_t>(i)];
     const int count = static_cast<int>(item.count * group);
-    if (item.tiles > 0) {
-      attend_apart(a, form, item, count, [&](int32_t t) {
-        const int64_t at = first_part + (item.part + t) * part_rows;
-        start(item, 0, item.kv_head, at);
-        return rows + at;
-      });
-      return;
-    }
+    const int64_t own = worker * most;
     if (by_head) {
       const Span span = visible_span(a, 0, 0, 1);
       const Tile tile = find_tile(a, 0, item.kv_head, span.begin(), span.first_visible, span.last_key);
       const int64_t bytes = head_bytes(static_cast<KvForm>(a.kv_form), dim);
       fetch_tile(tile, tile.keys, bytes);
-      for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) rope_query(*rope, 0, h);
+      for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h)
+        rope_query(*rope, 0, h, rope->q + h * dim);
       fetch_tile(tile, tile.values, bytes);
       store_key_value(*rope, 0, item.kv_head);
     }
-    const int64_t own = worker * most;
     for (int64_t h = item.kv_head; h < item.kv_head + item.kv_heads; ++h) {
-      for (int64_t s = 0; s < item.seqs; ++s) start(item, s, h, own + s * count);
+      for (int64_t s = 0; s < item.seqs; ++s) {
+        const int64_t at = own + s * count;
+        start_queries(a, form, item.seq + s, h, item.first, item.count,
+                      query(a, a.query_start[item.seq + s] + item.first, h), queries + at * query_bytes, rows + at);
+        clear_rows(rows + at, count, acc + at * dim, dim);
+      }
       if (item.seqs > 1) {
         attend_shared(a, form, item, h, rows + own);
       } else {
-        const Span span = visible_span(a, item.seq, item.first, item.count);
-        attend_run(a, form, item.seq, h, span, span.begin(), span.end(), rows + own, count);
+        attend_run(a, form, item.seq, h, visible_span(a, item.seq, item.first, item.count), rows + own, count);
       }
       for (int64_t s = 0; s < item.seqs; ++s)
         finish_rows(a, item.seq + s, h, item.first, item.count, rows + own + s * count);
     }
-  });
-
-  pool.parallel(static_cast<int64_t>(plan.split.size()), [&](int64_t i, int worker) {
-    const AttentionItem& item = plan.split[static_cast<size_t>(i)];
-    const int count = static_cast<int>(item.count * group);
-    TileRow* own = rows + worker * most;
-    start(item, 0, item.kv_head, worker * most);
-    for (int32_t t = 0; t < item.tiles; ++t) {
-      const TileRow* part = rows + first_part + (item.part + t) * part_rows;
-      for (int r = 0; r < count; ++r) {
-        float old_scale, new_scale;
-        merge_scales(1, own + r, &part[r].max, &part[r].sum, &old_scale, &new_scale);
-        for (int64_t d = 0; d < dim; d += kLanes)
-          store(own[r].acc + d, fma(load(own[r].acc + d), set1(old_scale),
-                                    mul(load(part[r].acc + d), set1(new_scale))));
-      }
-    }
-    finish_rows(a, item.seq, item.kv_head, item.first, item.count, own);
   });
 }
 

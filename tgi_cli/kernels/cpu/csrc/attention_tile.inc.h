@@ -188,9 +188,9 @@ inline float store_weights(const Int8Pairs&, const vf (&p)[kScoreVectors], const
 }
 
 // One tile of keys for up to kRowGroup rows. `kMasked`: some keys are hidden from some row. `next`, if
-// not null, is fetched meanwhile.
+// not null, is fetched meanwhile. Not inlined: its sums need all registers.
 template <int kRows, bool kMasked, class Form>
-inline void attend_tile(const Attention& a, const Form& form, TileRow* rows, const Tile& tile, const Tile* next) {
+__attribute__((noinline)) void attend_tile(const Attention& a, const Form& form, TileRow* rows, const Tile& tile, const Tile* next) {
   constexpr int kPer = kBlock / kLanes;  // vectors per block (1 or 2)
   const int64_t dim = a.head_dim;
   typename Form::Sum s[kRows][kScoreVectors];

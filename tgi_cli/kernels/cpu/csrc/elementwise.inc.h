@@ -67,11 +67,11 @@ inline void rotate_head(float* x, const float* norm, const float* cos_sin, int64
 }
 
 // A query head of a token, rotated, in bf16.
-inline void rope_query(const RopeStore& a, int64_t t, int64_t h) {
+inline void rope_query(const RopeStore& a, int64_t t, int64_t h, bf16* q) {
   const int64_t dim = a.head_dim;
-  float* x = a.qkv + (t * (a.heads + 2 * a.kv_heads) + h) * dim;
+  alignas(64) float x[512];
+  std::memcpy(x, a.qkv + (t * (a.heads + 2 * a.kv_heads) + h) * dim, static_cast<size_t>(dim) * sizeof(float));
   rotate_head(x, a.q_norm, a.cos_sin + a.positions[t] * a.rotary_dim, dim, a.rotary_dim, a.eps);
-  bf16* q = a.q + (t * a.heads + h) * dim;
   for (int64_t i = 0; i < dim; i += kLanes) store_bf16(q + i, load(x + i));
 }
 
@@ -94,7 +94,7 @@ void rope_store(Pool& pool, const RopeStore& a) {
   pool.parallel((a.tokens + kTokens - 1) / kTokens, [&](int64_t item, int) {
     const int64_t end = (item + 1) * kTokens < a.tokens ? (item + 1) * kTokens : a.tokens;
     for (int64_t t = item * kTokens; t < end; ++t) {
-      for (int64_t h = 0; h < a.heads; ++h) rope_query(a, t, h);
+      for (int64_t h = 0; h < a.heads; ++h) rope_query(a, t, h, a.q + (t * a.heads + h) * a.head_dim);
       for (int64_t h = 0; h < a.kv_heads; ++h) store_key_value(a, t, h);
     }
   });
