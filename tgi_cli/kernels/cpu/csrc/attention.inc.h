@@ -10,7 +10,7 @@
 constexpr int64_t kItemRows = 48;   // query rows that share a visit of a tile
 constexpr int64_t kSharedSeqs = 8;  // sequences of one item that may share tiles
 constexpr int64_t kLong = 8;        // tiles from which on those of a lone item are shared out one by one
-constexpr int64_t kPartRows = 32768;  // results kept of tiles at the most, some 10 MB
+constexpr int64_t kPartRows = 32768;  // results kept of tiles where there is work for all, some 10 MB
 
 // A run of query tokens of one sequence, or the single tokens of several, against one KV head.
 struct AttentionItem {
@@ -227,7 +227,8 @@ struct AttentionPlan {
       tiles += span.end() - span.begin();
       most = std::max(most, item.count * group);
     }
-    streamed = (whole.size() > 1 || tiles >= kLong) && tiles * a.kv_heads * most <= kPartRows &&
+    const bool spare = static_cast<int64_t>(whole.size()) < 4 * threads;  // items may leave threads without work
+    streamed = (whole.size() > 1 || tiles >= kLong) && (spare || tiles * a.kv_heads * most <= kPartRows) &&
                std::all_of(whole.begin(), whole.end(), [&](const AttentionItem& item) {
                  return item.seqs == 1 && (item.count == 1 || item.count * group <= kItemRows / 4);
                });
@@ -236,9 +237,8 @@ struct AttentionPlan {
       return;
     }
     // The heads of a block lie side by side: they are read by one thread where there is work for all.
-    const bool by_head = static_cast<int64_t>(whole.size()) < 4 * threads;
     for (auto item = whole.rbegin(); item != whole.rend(); ++item) {  // long tails of prefills first
-      if (!by_head) {
+      if (!spare) {
         items.push_back(*item);
         continue;
       }
