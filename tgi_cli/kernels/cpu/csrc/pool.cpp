@@ -62,7 +62,9 @@ inline void set_float_mode() {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_), narrow_(kNarrow), delay_(num_threads) {
+Pool::Pool(int num_threads)
+    : width_(num_threads), window_start_(Clock::now()), narrow_until_(window_start_), narrow_(kNarrow),
+      delay_(num_threads) {
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
