@@ -1,12 +1,14 @@
-"""The pool and the collective under the thread sanitizer, which knows no order but C++'s own.
+"""What threads share, under the thread sanitizer, which knows no order but C++'s own.
 
-`races.cpp` is built with the two as they are, and with one order taken away from each: then it must
-find a race, or it would prove nothing.
+`races.cpp` is built with the pool and the collective as they are, `attention_races.cpp` with the
+attention of decoding rows, and each with one order taken away: then it must find a race, or it
+would prove nothing.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,6 +50,13 @@ WEAKENED = {
     ),
 }
 
+#: Of attention_streams.inc.h: what is changed, and to what.
+ATTENTION = {
+    "as it is": ("", ""),
+    "who ends a head does not see the others' tiles": ("acq_rel", "release"),
+    "who reads a key has not stored it": ("t + 1 == item.tiles()) store_key", "t == 0) store_key"),
+}
+
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
@@ -65,9 +74,12 @@ def built(folder: Path, **sources: str) -> Path:
             path = folder / path.name
             path.write_text(sources[name])
         paths.append(path)
-    program = folder / "races"
-    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{CSRC}"]
-    done = run([str(COMPILER), *flags, *map(str, paths), "-o", str(program)])
+    return compiled(folder / "races", paths, CSRC)
+
+
+def compiled(program: Path, sources: list[Path], headers: Path) -> Path:
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{headers}"]
+    done = run([str(COMPILER), *flags, *map(str, sources), "-o", str(program)])
     assert done.returncode == 0, done.stderr
     return program
 
@@ -102,3 +114,21 @@ def test_a_weaker_order_is_found(name: str, tmp_path: Path) -> None:
     done = run([*FIXED, program, part])
     assert done.returncode == RACE, done.stderr[-2000:]
     assert "ThreadSanitizer: data race" in done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the program is for AVX2")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_threads_that_share_out_attention(name: str, tmp_path: Path) -> None:
+    place, changed = ATTENTION[name]
+    folder = shutil.copytree(CSRC, tmp_path / "csrc")
+    path = folder / "attention_streams.inc.h"
+    source = path.read_text()
+    assert not place or source.count(place) == 1
+    path.write_text(source.replace(place, changed) if place else source)
+    sources = [Path(__file__).with_name("attention_races.cpp"), folder / "pool.cpp"]
+    done = run([*FIXED, str(compiled(tmp_path / "attention", sources, folder))])
+    if place:
+        assert done.returncode == RACE, done.stderr[-2000:]
+        assert "ThreadSanitizer: data race" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr[-4000:]
