@@ -36,6 +36,7 @@ from tgi_cli.cli.load import Load, LoadPlan
 from tgi_cli.cli.openai_client import OpenAIClient
 from tgi_cli.cli.prompts import Prompts, calibrate
 from tgi_cli.cli.report import Summary, summarize
+from tgi_cli.kernels.cpu import library
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if library.load() is None:
+        raise SystemExit("error: the native kernels are not built, see `tgi env`")
     console = Console(width=150)
     workloads = [w for w in WORKLOADS if not options.workload or w.name in options.workload]
     rivals = [s for s in servers(options) if s.precision in (options.precision or PRECISIONS)]
