@@ -86,5 +86,5 @@ int run() {
 int main() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
              ? tgi::avx2::run()
-             : 0;
+             : 77;  // nothing was watched
 }
