@@ -138,6 +138,23 @@ async def test_keys_hold_where_it_is_kept(server: LiveServer, workers: Sessions)
         await session.close()
 
 
+async def test_who_hangs_up_leaves_no_traceback(server: LiveServer, workers: Sessions) -> None:
+    mine, _ = workers
+    async with mine.post(PATH, json=LONG) as reply:
+        where = f"{PATH}/{(await reply.json())['id']}?stream=true"
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    head = f"GET {where} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer ann\r\n\r\n"
+    for _ in range(60):  # half of them reach the other worker
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode())
+        assert b" 200 " in await reader.readline()
+        await reader.readuntil(b"sequence_number")
+        writer.transport.abort()  # a reset, and not a farewell
+    async with mine.post(f"{where.partition('?')[0]}/cancel") as reply:
+        assert reply.status == 200, await reply.text()
+    assert "Traceback" not in server.stderr
+
+
 async def test_what_is_not_http_leaves_no_traceback(server: LiveServer) -> None:
     host, _, port = server.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))

@@ -154,6 +154,22 @@ def test_sequences_whose_tiles_are_shared_out_get_the_bits_they_get_alone(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_more_tiles_than_are_kept_apart_give_the_same_bits(variant: str) -> None:
+    """1,400 tiles of two heads with 12 rows each: past `kPartRows`, sequences are shared out."""
+    queries, length = 4, BLOCKS * BLOCK
+    tables = [
+        torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(i)).tolist()
+        for i in range(40)
+    ]
+    q = queries_of(len(tables) * queries)
+    whole = attend(variant, 3, q, tables, [length] * len(tables), queries)
+    for i in (0, 17, 39):
+        own = q[i * queries : (i + 1) * queries]
+        alone = attend(variant, 3, own, [tables[i]], [length], queries)
+        assert torch.equal(whole[i * queries : (i + 1) * queries], alone)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_sequences_that_share_blocks_get_the_bits_they_get_alone(
     threads: int, variant: str

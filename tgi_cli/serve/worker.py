@@ -222,7 +222,7 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
         return
     start = msgspec.msgpack.decode(data, type=WorkerStart)
     logs.configure(start.config.log_level, json_logs=start.config.json_logs)
-    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
+    logging.getLogger("aiohttp.server").addFilter(_senders_fault)
     if start.config.http_workers == 1:
         # The kernels of a step want every core: a token that is sent while they run waits for a
         # moment in which one sleeps, and interrupts none. Several workers would no longer share
@@ -233,9 +233,11 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
     await Worker(start, socket.socket(fileno=listen_fd), ledger).serve(reader, writer)
 
 
-def _in_one_line(record: logging.LogRecord) -> bool:
-    """What is not HTTP at all is its sender's fault: no traceback in the server's log."""
+def _senders_fault(record: logging.LogRecord) -> bool:
+    """No traceback in the server's log for a client that hangs up or does not speak HTTP."""
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, ConnectionResetError):
+        return False  # the access log has it, as a 499
     if isinstance(error, BadHttpMessage):
         record.msg = f"{record.getMessage()}: not HTTP: {error.message[:200]!r}"
         record.args, record.exc_info, record.exc_text = (), None, None

@@ -7,6 +7,7 @@ no field but `previous_response_id`.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ from aiohttp import web
 
 from tgi_cli.errors import EngineUnavailable
 from tgi_cli.serve.observe import ID, ID_HEADER
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -116,7 +119,10 @@ class Peers:
             try:
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)
+            except aiohttp.ClientConnectionResetError:
+                raise  # from `write`: our own client has gone
             except aiohttp.ClientError as error:  # it died: the answer must not look whole
+                log.warning("worker %d was lost in the middle of an answer: %s", owner, error)
                 raise ConnectionResetError(str(error)) from None
             await response.write_eof()
         return response
