@@ -84,7 +84,7 @@ class Rows:
         return sampled.token_ids.tolist()
 
     def take(self, built: BuiltStep, token_ids: np.ndarray) -> None:
-        self.history.append_one(built.logit_rows.rows, token_ids)
+        self.history.append_one(built.logit_rows.rows.tolist(), token_ids.tolist())
 
     def start(self, steps: int) -> BuiltStep:
         built = self.build()

@@ -63,6 +63,7 @@ class KVCache:
         self._more = threading.Event()  # parts were added or allowed
         self._thread: threading.Thread | None = None
         self._rests_since = float("inf")  # monotonic seconds; infinite while a step runs
+        self._grown = True  # `_newest` has risen since nothing was wanted
         for group, planned in zip(spec.kv_groups, plan.groups, strict=True):
             for layer in group.layers:
                 layers[layer] = backend.allocate_kv(
@@ -100,7 +101,7 @@ class KVCache:
                 newest = self._newest[group]
                 if not ids or not self._can_commit or max(ids) <= newest:
                     continue
-                self._newest[group] = max(ids)
+                self._newest[group], self._grown = max(ids), True
                 count, page = len(self._groups[group]), self._page_blocks[group]
                 earned += 2 * count * (max(ids) - newest) / page
                 self._want(group, self._end(group, _AHEAD))
@@ -116,7 +117,7 @@ class KVCache:
     def rest(self) -> None:
         """No step runs from now on."""
         self._rests_since = time.monotonic()
-        if self._thread is None and self._can_commit:
+        if self._grown and self._thread is None and self._can_commit:
             with self._lock:
                 wanted = self._wants_spare()
             if wanted:
@@ -178,7 +179,7 @@ class KVCache:
         with self._lock:
             if self._can_commit and self._wants_spare():
                 return False
-            self._thread = None
+            self._thread, self._grown = None, False
             return True
 
     def _refused(self) -> None:

@@ -81,10 +81,13 @@ class TokenHistory:
         self.tokens[row, length : length + len(token_ids)] = token_ids
         self.lengths[row] = length + len(token_ids)
 
-    def append_one(self, rows: IntArray, token_ids: IntArray) -> None:
+    def append_one(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         """Add one token to each of several rows."""
-        self.tokens[rows, self.lengths[rows]] = token_ids
-        self.lengths[rows] += 1
+        # One by one: for the rows of a step quicker than numpy's indexing by arrays.
+        for row, token_id in zip(rows, token_ids, strict=True):
+            length = self.lengths.item(row)
+            self.tokens[row, length] = token_id
+            self.lengths[row] = length + 1
 
     def propose(self, row: int, draft_ids: Sequence[int]) -> None:
         """Write drafts behind the known tokens without counting them as known."""

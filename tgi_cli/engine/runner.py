@@ -302,9 +302,9 @@ class ModelRunner:
         token_ids, valid = sampled.token_ids.tolist(), sampled.valid.tolist()
         appended = len(token_ids) == len(built.sampled) and all(valid)
         if appended:  # no drafts, nothing failed
-            self._history.append_one(built.logit_rows.rows, sampled.token_ids)
+            rows = built.logit_rows.rows.tolist()
+            self._history.append_one(rows, token_ids)
             if not (sampled.logprobs or flight.prompt_logprobs or self._sampler.has_grammars):
-                rows = built.logit_rows.rows.tolist()
                 return [
                     RowOutput(row=row, token_ids=[token_id])
                     for row, token_id in zip(rows, token_ids, strict=True)

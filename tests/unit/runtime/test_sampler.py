@@ -74,7 +74,7 @@ def test_positions_of_one_request_are_independent_draws(make_bench: Any) -> None
     bench.put(0, make_request(seed=3))
     for _ in range(1600):
         token = bench.sample(logits, [0]).token_ids
-        bench.history.append_one(np.array([0]), token)
+        bench.history.append_one([0], token.tolist())
         drawn.append(int(token[0]))
     pairs = np.zeros((4, 4))
     for first, second in itertools.pairwise(drawn):
@@ -124,7 +124,7 @@ def test_tokens_do_not_depend_on_the_batch(make_bench: Any) -> None:
         out: dict[int, list[int]] = {i: [] for i in order}
         for step in logits:
             tokens = bench.sample(step[order], rows).token_ids
-            bench.history.append_one(np.array(rows), tokens)
+            bench.history.append_one(rows, tokens.tolist())
             for i, token in zip(order, tokens.tolist(), strict=True):
                 out[i].append(token)
         return out
@@ -151,7 +151,7 @@ def test_a_rebuilt_row_goes_on_as_before(make_bench: Any) -> None:
                 full = make_request([row + 1], outputs[row], **SAMPLINGS[row])
                 bench.put(row, full)
             tokens = bench.sample(step, range(len(requests))).token_ids
-            bench.history.append_one(np.arange(len(requests)), tokens)
+            bench.history.append_one(range(len(requests)), tokens.tolist())
             for output, token in zip(outputs, tokens.tolist(), strict=True):
                 output.append(token)
         results.append(outputs)
