@@ -167,6 +167,27 @@ async def test_what_is_not_http_leaves_no_traceback(server: LiveServer) -> None:
     assert "Traceback" not in server.stderr
 
 
+def oldest_worker(server: LiveServer) -> psutil.Process:
+    """Number 0, until it is replaced."""
+    found = (p for p in server.family() if WORKER in p.cmdline())
+    return min(found, key=psutil.Process.create_time)
+
+
+async def test_an_answer_whose_worker_dies_does_not_look_whole(
+    server: LiveServer, workers: Sessions
+) -> None:
+    mine, other = workers
+    async with mine.post(PATH, json=LONG) as reply:
+        where = f"{PATH}/{(await reply.json())['id']}"
+    async with other.get(where, params={"stream": "true"}) as reply:
+        assert b"event" in await reply.content.readline()
+        oldest_worker(server).kill()
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await reply.read()
+    assert "worker 0 was lost in the middle of an answer" in server.stderr
+    assert "Traceback" not in server.stderr
+
+
 async def test_a_worker_that_dies_takes_its_own_along(
     server: LiveServer, workers: Sessions
 ) -> None:
@@ -174,10 +195,7 @@ async def test_a_worker_that_dies_takes_its_own_along(
     for session in workers:
         async with session.post(PATH, json=SHORT) as reply:
             made.append((await reply.json())["id"])
-    first = min(
-        (p for p in server.family() if WORKER in p.cmdline()), key=psutil.Process.create_time
-    )
-    first.kill()
+    oldest_worker(server).kill()
     statuses = set()
     async with asyncio.timeout(60):
         while 404 not in statuses:
