@@ -234,10 +234,11 @@ async def _run(control_fd: int, listen_fd: int, ledger_fd: int | None) -> None:
 
 
 def _senders_fault(record: logging.LogRecord) -> bool:
-    """No traceback in the server's log for a client that hangs up or does not speak HTTP."""
+    """No error in the log for a client that hangs up, and no traceback for what is not HTTP."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, ConnectionResetError):
-        return False  # the access log has it, as a 499
+    if isinstance(error, ConnectionResetError):  # the access log has it too, as a 499
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
     if isinstance(error, BadHttpMessage):
         record.msg = f"{record.getMessage()}: not HTTP: {error.message[:200]!r}"
         record.args, record.exc_info, record.exc_text = (), None, None
